@@ -1,0 +1,40 @@
+# The server with the embedded base, as a non-root user. Builds from a checkout: `docker build -t motley .`
+#
+# torch is the CPU build unless TORCH_INDEX names another: an empty TORCH_INDEX takes the default index's build, which brings CUDA.
+ARG PYTHON_VERSION=3.12
+
+FROM python:${PYTHON_VERSION}-slim AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# torch first and alone, so that a change of our own code does not fetch it again; the cap is that of pyproject.toml.
+RUN python -m venv /opt/motley \
+    && /opt/motley/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.11,<2.14"
+WORKDIR /src
+COPY . .
+RUN /opt/motley/bin/pip install ".[server]"
+
+FROM python:${PYTHON_VERSION}-slim
+LABEL org.opencontainers.image.title="motley" \
+      org.opencontainers.image.description="One base language model, every request under its own LoRA" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN groupadd --gid 10001 motley \
+    && useradd --uid 10001 --gid motley --no-create-home --home-dir /var/lib/motley --shell /usr/sbin/nologin motley \
+    && install --directory --owner motley --group motley /var/lib/motley
+COPY --from=build /opt/motley /opt/motley
+# MOTLEY_INSECURE is not set here: without TLS and keys the server refuses an address that other machines can reach until its operator says so.
+ENV PATH=/opt/motley/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    OMP_WAIT_POLICY=passive \
+    HF_HUB_OFFLINE=1 \
+    MOTLEY_LISTEN=0.0.0.0:8470 \
+    MOTLEY_METRICS=0.0.0.0:8471 \
+    MOTLEY_DATA_DIR=/var/lib/motley
+USER 10001:10001
+WORKDIR /var/lib/motley
+VOLUME /var/lib/motley
+EXPOSE 8470 8471
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import grpc, os; from grpc_health.v1 import health_pb2 as p, health_pb2_grpc as g; port = os.environ['MOTLEY_LISTEN'].rpartition(':')[2]; raise SystemExit(g.HealthStub(grpc.insecure_channel('127.0.0.1:' + port)).Check(p.HealthCheckRequest(), timeout=4).status != p.HealthCheckResponse.SERVING)"]
+ENTRYPOINT ["motley"]
+CMD ["serve"]

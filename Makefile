@@ -1,0 +1,94 @@
+# The commands of this repository; `make help` lists them. Needs Python 3.11 or newer with venv, gcc and make.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# torch spins in its thread barriers unless told otherwise, and nothing here may reach for a model hub. Both must be set before torch is imported.
+export OMP_WAIT_POLICY := passive
+export HF_HUB_OFFLINE := 1
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LISTEN ?= 127.0.0.1:8470
+METRICS ?= 127.0.0.1:8471
+
+# The roots, for a machine where nothing is installed.
+ROOTS := server:adapters:kernels:bases:clients/python:protos
+
+# Generated code must import on the oldest runtime that pyproject.toml declares, so the generator is pinned there, in an environment of its own.
+PROTOS_VENV := .venv-protos
+PROTOS_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==3.7.0
+PROTOS_INSTALLED := $(PROTOS_VENV)/.installed-$(subst ==,-,$(subst $() ,-,$(PROTOS_TOOLS)))
+
+.PHONY: help install demo serve check test soak bench gpu protos clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## Make .venv with everything that the other commands need
+
+# torch is capped in this very command (by the server extra), so that pip takes the small CPU build and no other package pulls a larger one.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Motley needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing (Debian: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install ## Start a server, send one wave of mixed adapters, show what each answered
+	$(BIN)/motley demo
+
+EMBEDDED := adapters/motley_adapters/assets/tiny
+ADAPTERS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard $(EMBEDDED)/*/adapter_config.json)))))
+
+serve: install ## Keep a server up with the embedded base and adapters
+	@echo "When it is ready, try in another terminal:"
+	@echo "  $(BIN)/motley generate '$(firstword $(ADAPTERS)): kettle =' --server $(LISTEN) --adapter $(firstword $(ADAPTERS))"
+	exec $(BIN)/motley serve --base tiny --listen $(LISTEN) --metrics $(METRICS) \
+		$(foreach name,$(ADAPTERS),--adapter $(name)=$(EMBEDDED)/$(name))
+
+check: install $(PROTOS_INSTALLED) ## Format, lint, types, import contracts, protos, Dockerfile
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	cd protos && ../$(BIN)/buf lint
+	.ci/check_protos.sh
+	$(BIN)/hadolint Dockerfile
+
+test: install ## The tests; those of the kernels in a process of their own
+	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests/kernels
+
+soak: install ## The tests that take minutes
+	$(BIN)/python -m pytest -m soak tests/integration || test $$? -eq 5 # 5: there are none
+
+bench: install ## The measurements on this machine, beside their peers
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v '_gpu\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# Runs where nothing was installed for it, from the roots, with whatever python3 there has; and where there is no GPU says so.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+# An older pytest there may not know every setting of ours; that is no error.
+gpu: export PYTHONPATH := $(ROOTS)
+gpu: ## The tests and measurements that need a GPU; without one, says so
+	@if ! $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		echo "No GPU that torch can use: nothing run."; \
+	else \
+		if compgen -G 'tests/gpu/test_*.py' >/dev/null; then $(GPU_PYTHON) -m pytest -W ignore::pytest.PytestConfigWarning tests/gpu; else echo "No GPU tests yet."; fi; \
+		for script in $$(compgen -G 'benchmarks/*_gpu.py' || true); do echo "== $$script"; $(GPU_PYTHON) "$$script"; done; \
+	fi
+
+$(PROTOS_INSTALLED):
+	@rm -f $(PROTOS_VENV)/.installed-*
+	@test -x $(PROTOS_VENV)/bin/pip || $(PYTHON) -m venv $(PROTOS_VENV)
+	$(PROTOS_VENV)/bin/pip install --disable-pip-version-check --quiet $(PROTOS_TOOLS)
+	@touch $@
+
+protos: $(PROTOS_INSTALLED) ## Write the generated code anew, beside the .proto files
+	.ci/generate_protos.sh protos
+
+clean: ## Remove the environments and everything made by tools
+	rm -rf $(VENV) $(PROTOS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
