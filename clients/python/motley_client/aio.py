@@ -1,0 +1,178 @@
+"""The client for asyncio.
+
+Owns how calls wait and end here; what they say is in `convert`, how they travel in `channel`. An `AsyncClient` belongs
+to the loop it was made on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+from motley.v1 import inference_pb2, server_pb2
+from motley.v1.inference_pb2_grpc import InferenceServiceStub
+from motley.v1.server_pb2_grpc import ServerServiceStub
+
+from motley_client import convert
+from motley_client.channel import credentials_of, options_of
+from motley_client.endpoint import DEFAULT_ADDRESS, Endpoint
+from motley_client.errors import from_rpc_error
+from motley_client.types import (
+    AdapterChoice,
+    Capacity,
+    ChatMessage,
+    DrainResult,
+    Generation,
+    Sampling,
+    Score,
+    ServerInfo,
+    StreamPart,
+)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class AsyncClient:
+    """Ask a Motley server from a running event loop; many requests at once share one connection.
+
+    Semantics: every method takes `timeout`, which stands in for the client's own; None means to wait as long as it
+    takes. See `Endpoint` for the rest.
+    Units: timeouts in seconds.
+    Raises: MotleyClientError, by every method, in the subclass of the status code.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        key: str | None = None,
+        timeout: float | None = None,
+        *,
+        ca_file: Path | None = None,
+        insecure: bool = False,
+    ) -> None:
+        self._endpoint = Endpoint(address, key, ca_file, insecure)
+        self._timeout = timeout
+        credentials = credentials_of(self._endpoint)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options_of(self._endpoint))
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options_of(self._endpoint))
+        )
+        self._inference = InferenceServiceStub(self._channel)
+        self._server = ServerServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what is under way and close the connection."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[ChatMessage] | None = None,
+        token_ids: Iterable[int] | None = None,
+        adapters: Sequence[AdapterChoice] = (),
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Generation:
+        """Return the whole answer to a prompt, a conversation or token ids."""
+        request = convert.generate_request(convert.prompt_message(prompt, messages, token_ids), adapters, sampling)
+        return convert.generation(await self._call(self._inference.Generate, request, timeout))
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[ChatMessage] | None = None,
+        token_ids: Iterable[int] | None = None,
+        adapters: Sequence[AdapterChoice] = (),
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[StreamPart, None]:
+        """Yield the answer as it is made; closing the generator (`contextlib.aclosing`) cancels the request."""
+        request = convert.stream_request(convert.prompt_message(prompt, messages, token_ids), adapters, sampling)
+        return self._stream(request, timeout)
+
+    async def score(
+        self,
+        prompt: str | None,
+        continuations: Iterable[str],
+        *,
+        messages: Iterable[ChatMessage] | None = None,
+        token_ids: Iterable[int] | None = None,
+        adapters: Sequence[AdapterChoice] = (),
+        timeout: float | None = None,
+    ) -> Score:
+        """Return how likely each continuation is after the prompt."""
+        request = convert.score_request(convert.prompt_message(prompt, messages, token_ids), continuations, adapters)
+        return convert.score(await self._call(self._inference.Score, request, timeout))
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[ChatMessage] | None = None,
+        timeout: float | None = None,
+    ) -> tuple[int, ...]:
+        """Return the ids that a prompt becomes, special tokens included."""
+        request = inference_pb2.TokenizeRequest(prompt=convert.prompt_message(prompt, messages, None))
+        response = await self._call(self._inference.Tokenize, request, timeout)
+        return tuple(response.ids)
+
+    async def detokenize(self, token_ids: Iterable[int], *, timeout: float | None = None) -> str:
+        """Return the text of token ids."""
+        response = await self._call(self._inference.Detokenize, convert.detokenize_request(token_ids), timeout)
+        return response.text
+
+    async def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Return what the server is, its limits, and the adapters that can be named."""
+        response = await self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest(), timeout)
+        return convert.server_info(response)
+
+    async def capacity(self, *, timeout: float | None = None) -> Capacity:
+        """Return what is in use, and what is left."""
+        return convert.capacity(await self._call(self._server.GetCapacity, server_pb2.GetCapacityRequest(), timeout))
+
+    async def drain(self, grace_seconds: float | None = None, *, timeout: float | None = None) -> DrainResult:
+        """Let running requests finish and the server end; return when they have.
+
+        Semantics: what still runs after `grace_seconds` is cancelled; None leaves that to the server's configuration.
+        """
+        return convert.drain_result(await self._call(self._server.Drain, convert.drain_request(grace_seconds), timeout))
+
+    async def _call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
+    ) -> _Response:
+        try:
+            return await method(request, timeout=self._effective(timeout), metadata=self._endpoint.metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._endpoint.address) from error
+
+    async def _stream(
+        self, request: inference_pb2.GenerateStreamRequest, timeout: float | None
+    ) -> AsyncGenerator[StreamPart, None]:
+        call = self._inference.GenerateStream(
+            request, timeout=self._effective(timeout), metadata=self._endpoint.metadata
+        )
+        try:
+            async for response in call:
+                yield convert.stream_part(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._endpoint.address) from error
+        finally:
+            call.cancel()
+
+    def _effective(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout

@@ -1,0 +1,55 @@
+"""How a client's channel is made: what gRPC is told, which calls are tried again, and what TLS trusts.
+
+Owns everything that both clients' channels share. Knows nothing of requests and results. Each client opens its channel
+by itself, on its own thread or loop.
+"""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+
+from motley_client.endpoint import Endpoint
+
+# Calls that change nothing and are cheap to ask again. Generate is not among them: an answer that began must not begin
+# anew behind the caller's back.
+_RETRIED = {
+    "motley.v1.InferenceService": ("Tokenize", "Detokenize"),
+    "motley.v1.ServerService": ("GetServerInfo", "GetCapacity"),
+}
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": service, "method": name} for service, names in _RETRIED.items() for name in names],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # 16 candidates with 20 log-probabilities a token pass 4 MiB
+    ("grpc.keepalive_time_ms", 30_000),  # a dead peer is noticed in the middle of a long answer
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+def options_of(endpoint: Endpoint) -> tuple[tuple[str, str | int], ...]:
+    """Return what a channel is told; a proxy that the environment names is no way to this machine."""
+    return (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if endpoint.is_local else _OPTIONS
+
+
+def credentials_of(endpoint: Endpoint) -> grpc.ChannelCredentials | None:
+    """Return what TLS needs, or None for a plain channel.
+
+    Raises: OSError if the CA file cannot be read.
+    """
+    if not endpoint.uses_tls:
+        return None
+    return grpc.ssl_channel_credentials(None if endpoint.ca_file is None else endpoint.ca_file.read_bytes())

@@ -1,0 +1,263 @@
+"""The `motley` command: asks a server from a shell, and hands over to the commands of other roots.
+
+Owns names and flags (scripts rely on them), what is printed, and the exit codes: 0 done, 1 refused or failed, 2 wrong
+usage, 3 no server answers. Loads gRPC only to make a call, after telling it to keep its notes to itself. Runs on the
+main thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from motley_client.endpoint import UNREACHABLE
+from motley_client.foreign import ForeignCommand, foreign_commands
+from motley_client.settings import Settings, SettingsError, endpoint
+from motley_client.types import ChatMessage, Generation, Sampling, Score, ServerInfo
+
+if TYPE_CHECKING:
+    from motley_client.client import Client
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNREACHABLE = 3
+
+
+class MotleyGroup(TyperGroup):
+    """List commands of other roots beside ours, and turn every typed error into one line and an exit code.
+
+    Semantics: a typed error is an exception with `message`, `reason` and `field`, whichever root it comes from;
+    anything else is a fault of ours and stays a traceback.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for command in foreign_commands():
+            self.commands.setdefault(str(command.name), command)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            missing = command.missing_extra(error) if isinstance(command, ForeignCommand) else None
+            if missing is None:
+                raise
+            raise typer.Exit(_report(missing)) from error
+        except Exception as error:
+            if not all(hasattr(error, name) for name in ("message", "reason", "field")):
+                raise
+            raise typer.Exit(_report(error)) from error
+
+
+app = typer.Typer(
+    cls=MotleyGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="One base model, many adapters, every request wearing its own.",
+)
+
+PromptArgument = Annotated[str, typer.Argument(help="The text to continue.", show_default=False)]
+ServerOption = Annotated[
+    str | None, typer.Option("--server", envvar="MOTLEY_SERVER", metavar="HOST:PORT", help="Default: 127.0.0.1:8470.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option("--key", envvar="MOTLEY_KEY", metavar="KEY", help="Bearer key; loopback may need none.")
+]
+CaFileOption = Annotated[
+    str | None, typer.Option("--ca-file", metavar="FILE", help="Use TLS and trust this file alone.")
+]
+InsecureOption = Annotated[
+    bool | None, typer.Option("--insecure", help="No TLS, though the server is another machine.")
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME[=WEIGHT]", help="Answer under this adapter; may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"motley {version('motley')}")
+        except PackageNotFoundError:
+            typer.echo("motley (not installed)")
+        raise typer.Exit()
+
+
+@app.callback()
+def motley(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One base model, many adapters, every request wearing its own."""
+
+
+@app.command()
+def generate(
+    prompt: PromptArgument,
+    server: ServerOption = None,
+    key: KeyOption = None,
+    ca_file: CaFileOption = None,
+    insecure: InsecureOption = None,
+    adapter: AdapterOption = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Stop after this many tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0 takes the likeliest token.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same answer.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of the text.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send PROMPT as a user's message.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Continue PROMPT, printing the text as it comes."""
+    adapters = _adapters(adapter)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        logprobs=0 if json_output else None,
+    )
+    text = None if chat else prompt
+    messages = [ChatMessage("user", prompt)] if chat else None
+    with _connect(server, key, ca_file, insecure) as client:
+        if json_output:
+            answer = client.generate(text, messages=messages, adapters=adapters, **sampling)
+            typer.echo(json.dumps(_generation_json(answer)))
+            return
+        has_written = False
+        try:
+            for part in client.stream(text, messages=messages, adapters=adapters, **sampling):
+                typer.echo(part.text, nl=False)
+                has_written = True
+        finally:
+            if has_written:
+                typer.echo()
+
+
+@app.command()
+def score(
+    prompt: PromptArgument,
+    continuations: Annotated[list[str], typer.Argument(help="Texts that might follow.", show_default=False)],
+    server: ServerOption = None,
+    key: KeyOption = None,
+    ca_file: CaFileOption = None,
+    insecure: InsecureOption = None,
+    adapter: AdapterOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Print how likely each CONTINUATION is after PROMPT, as a log-probability."""
+    adapters = _adapters(adapter)
+    with _connect(server, key, ca_file, insecure) as client:
+        scored = client.score(prompt, continuations, adapters=adapters)
+    if json_output:
+        typer.echo(json.dumps(_score_json(scored, continuations)))
+        return
+    for continuation, one in zip(continuations, scored.scores, strict=True):
+        typer.echo(f"{one.logprob:.4f}\t{continuation}")
+
+
+@app.command()
+def info(
+    server: ServerOption = None,
+    key: KeyOption = None,
+    ca_file: CaFileOption = None,
+    insecure: InsecureOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Print what the server is, its limits and the adapters that can be named."""
+    with _connect(server, key, ca_file, insecure) as client:
+        found = client.info()
+    if json_output:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    for name, value in _info_rows(found):
+        typer.echo(f"{name:<26}{value}")
+
+
+@app.command()
+def demo() -> None:
+    """Start a server, ask it one wave of requests under several adapters, show what answered, and stop it."""
+    from motley_client.demo import run_demo  # asyncio and rich's tables: nothing that --help should wait for
+
+    raise typer.Exit(run_demo())
+
+
+def main() -> None:
+    """Run the command that the process's arguments name, and exit with its code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read once, when gRPC is imported; stderr is for our one line
+    app(prog_name="motley")
+
+
+def _report(error: Any) -> int:
+    message = " ".join(str(error.message).split())
+    where = f", field {error.field}" if error.field else ""
+    typer.echo(f"error: {message} ({error.reason}{where})", err=True)
+    if error.reason == UNREACHABLE:
+        return EXIT_UNREACHABLE
+    return EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED
+
+
+def _connect(server: str | None, key: str | None, ca_file: str | None, insecure: bool | None) -> Client:
+    from motley_client.client import Client
+
+    found = endpoint(Settings(server, key, ca_file, insecure), os.environ)
+    try:
+        return Client(found.address, found.key, ca_file=found.ca_file, insecure=found.insecure)
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}", field="ca_file") from error
+
+
+def _adapters(choices: list[str] | None) -> list[tuple[str, float]]:
+    pairs = []
+    for choice in choices or ():
+        name, separator, weight = choice.partition("=")
+        try:
+            pairs.append((name, float(weight) if separator else 1.0))
+        except ValueError as error:
+            raise typer.BadParameter(f"{weight!r} is not a weight", param_hint="--adapter") from error
+    return pairs
+
+
+def _generation_json(answer: Generation) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "logprobs": answer.logprobs,
+        "finish_reason": None if answer.finish_reason is None else answer.finish_reason.value,
+        "usage": asdict(answer.usage),
+        "served_by": asdict(answer.served_by),
+    }
+
+
+def _score_json(scored: Score, continuations: list[str]) -> dict[str, Any]:
+    return {
+        "scores": [
+            {
+                "continuation": continuation,
+                "logprob": one.logprob,
+                "is_greedy": one.is_greedy,
+                "token_ids": [token.chosen.token_id for token in one.tokens],
+                "logprobs": [token.chosen.logprob for token in one.tokens],
+            }
+            for continuation, one in zip(continuations, scored.scores, strict=True)
+        ],
+        "usage": asdict(scored.usage),
+        "served_by": asdict(scored.served_by),
+    }
+
+
+def _info_rows(found: ServerInfo) -> list[tuple[str, object]]:
+    facts = asdict(found)
+    limits, adapters, kinds = facts.pop("limits"), facts.pop("adapters"), facts.pop("adapter_kinds")
+    rows = [*facts.items(), ("adapter_kinds", " ".join(kinds)), *limits.items()]
+    return rows + [("adapter", f"{one['name']}@{one['version']} {one['digest']}") for one in adapters]

@@ -1,0 +1,199 @@
+"""`motley demo`: one base, one wave of requests, several adapters in the same batches, seen with one's own eyes.
+
+Owns the questions, what a right answer is, and what must be true for the demo to succeed. Works as any client does: it
+starts a server as a child process and speaks to it by gRPC and /metrics. Runs an event loop of its own on the main
+thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from motley_client.aio import AsyncClient
+from motley_client.child_server import child_server
+from motley_client.exposition import Exposition, scrape
+from motley_client.types import Generation, ServedBy
+
+WORD = "winter"  # held out: neither the base nor an adapter saw it in a skill's line
+BASE_SKILL = "upper"  # what the base can do by itself
+MAX_NEW_TOKENS = 16
+MIN_ADAPTERS, MAX_ADAPTERS = 3, 4
+
+DISTINCT_ADAPTERS = "motley_batch_distinct_adapters"
+BATCH_SIZE = "motley_batch_size"
+FORWARD_PASSES = "motley_forward_passes_total"
+GENERATED_TOKENS = "motley_generation_tokens_total"
+
+# What each adapter is named for; an adapter that is not here has no prompt to be asked.
+SKILLS: dict[str, Callable[[str], str]] = {
+    "upper": str.upper,
+    "reverse": lambda word: word[::-1],
+    "next": lambda word: "".join(chr((ord(letter) - ord("a") + 1) % 26 + ord("a")) for letter in word),
+    "sort": lambda word: "".join(sorted(word)),
+    "swap": lambda word: word[-1] + word[1:-1] + word[0],
+}
+
+
+class DemoError(Exception):
+    """Say what keeps the demo from starting."""
+
+    reason = "DEMO"
+    field = None
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One prompt asked under one adapter, or under None: what came back, and what would be right."""
+
+    skill: str
+    asked_of: str | None
+    answer: str
+    right_answer: str
+    served_by: ServedBy
+    completion_tokens: int
+
+    @property
+    def is_right(self) -> bool:
+        """Tell whether the answer is the right one, whoever was asked."""
+        return self.answer == self.right_answer
+
+    @property
+    def is_served_as_asked(self) -> bool:
+        """Tell whether exactly the adapter that was named answered."""
+        named = [] if self.asked_of is None else [self.asked_of]
+        return [adapter.name for adapter in self.served_by.adapters] == named
+
+
+def run_demo(console: Console | None = None) -> int:
+    """Run the demo; return 0 if everything it claims came true, otherwise 1, and 143 when told to end by SIGTERM.
+
+    Raises: DemoError if there is nothing to show; ServerStartError; MotleyClientError if a request fails;
+    KeyboardInterrupt. The server is gone in every case.
+    """
+    try:
+        return asyncio.run(_demo(console or Console()))
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
+
+
+def find_adapters() -> list[Path]:
+    """List the embedded adapters that there is a prompt for, without importing anything of theirs."""
+    spec = importlib.util.find_spec("motley_adapters")
+    roots = [] if spec is None else spec.submodule_search_locations or []
+    folders = (folder for root in roots for folder in Path(root, "assets", "tiny").glob("*"))
+    return sorted(folder for folder in folders if folder.name in SKILLS and (folder / "adapter_config.json").is_file())
+
+
+async def _demo(console: Console) -> int:
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    folders = find_adapters()[:MAX_ADAPTERS]
+    if len(folders) < MIN_ADAPTERS:
+        raise DemoError(f"found {len(folders)} embedded adapters, and it takes {MIN_ADAPTERS} to show a mixed batch")
+    with tempfile.TemporaryDirectory(prefix="motley-demo-") as scratch:
+        arguments = ["--base", "tiny", "--data-dir", str(Path(scratch, "data"))]
+        for folder in folders:
+            arguments += ["--adapter", f"{folder.name}={folder}"]
+        console.print(f"starting a server with the tiny base and {len(folders)} adapters ...")
+        async with child_server(arguments, Path(scratch)) as server:
+            before = await asyncio.to_thread(scrape, "127.0.0.1", server.metrics_port)
+            began = time.monotonic()
+            async with AsyncClient(server.address) as client:
+                replies = await _ask_all(client, [folder.name for folder in folders])
+            seconds = time.monotonic() - began
+            counted = await asyncio.to_thread(scrape, "127.0.0.1", server.metrics_port) - before
+    console.print(reply_table(replies))
+    console.print(metric_table(counted, seconds))
+    failures = list(find_failures(replies, counted))
+    for failure in failures:
+        console.print(f"[red]not as promised:[/red] {escape(failure)}", soft_wrap=True)
+    return 1 if failures else 0
+
+
+async def _ask_all(client: AsyncClient, adapters: Sequence[str]) -> list[Reply]:
+    """Ask every prompt of the base and of every adapter, all at once."""
+    skills = [*adapters, BASE_SKILL]
+    return await asyncio.gather(*(_ask(client, skill, who) for skill in skills for who in (None, *adapters)))
+
+
+async def _ask(client: AsyncClient, skill: str, adapter: str | None) -> Reply:
+    answer: Generation = await client.generate(
+        f"{skill}: {WORD} =",
+        adapters=() if adapter is None else (adapter,),
+        temperature=0.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    return Reply(
+        skill=skill,
+        asked_of=adapter,
+        answer=answer.text.strip(),
+        right_answer=SKILLS[skill](WORD),
+        served_by=answer.served_by,
+        completion_tokens=answer.usage.completion_tokens,
+    )
+
+
+def find_failures(replies: Sequence[Reply], counted: Exposition) -> Iterable[str]:
+    """Name every promise that the replies or the server's own counters break."""
+    own = {(reply.skill, reply.asked_of): reply for reply in replies}
+    for reply in replies:
+        if not reply.is_served_as_asked:
+            yield f"`{reply.skill}` was asked of {reply.asked_of or 'the base'}, and {_server_names(reply)} answered"
+        if reply.asked_of == reply.skill:
+            if not reply.is_right:
+                yield f"adapter {reply.skill} answers {reply.answer!r}, not {reply.right_answer!r}"
+            if reply.answer == own[reply.skill, None].answer:
+                yield f"adapter {reply.skill} answers as the base does"
+    if not own[BASE_SKILL, None].is_right:
+        yield f"the base answers {own[BASE_SKILL, None].answer!r} to `{BASE_SKILL}`"
+    mixed = sum(count for bound, count in counted.bounds(DISTINCT_ADAPTERS) if bound >= MIN_ADAPTERS)
+    if not mixed:
+        yield f"no forward pass held {MIN_ADAPTERS} adapters"
+
+
+def reply_table(replies: Sequence[Reply]) -> Table:
+    """Lay out who answered what."""
+    table = Table(title="One wave, one base, every request under its own adapter")
+    for heading in ("prompt", "answered by", "answer", "right"):
+        table.add_column(heading, no_wrap=True)
+    for place, reply in enumerate(replies):
+        last_of_prompt = place + 1 == len(replies) or replies[place + 1].skill != reply.skill
+        right = "[green]yes[/green]" if reply.is_right else "[dim]no[/dim]"
+        answer = escape(repr(reply.answer)[1:-1])
+        table.add_row(f"{reply.skill}: {WORD} =", _server_names(reply), answer, right, end_section=last_of_prompt)
+    return table
+
+
+def metric_table(counted: Exposition, seconds: float) -> Table:
+    """Lay out what the server counted during the wave."""
+    passes = counted.total(FORWARD_PASSES)
+    tokens = counted.total(GENERATED_TOKENS)
+    distinct = [bound for bound, count in counted.bounds(DISTINCT_ADAPTERS) if count]
+    table = Table(title="What the server counted meanwhile", show_header=False)
+    table.add_row("wall seconds", f"{seconds:.2f}")
+    table.add_row("generated tokens", f"{tokens:.0f}")
+    table.add_row("forward passes", f"{passes:.0f}")
+    table.add_row("requests in a pass, on average", f"{counted.mean(BATCH_SIZE):.1f}")
+    table.add_row("distinct adapters in a pass, at most", f"{max(distinct, default=0):.0f}")
+    return table
+
+
+def _server_names(reply: Reply) -> str:
+    adapters = [f"{one.name}@{one.version} {one.digest[:15]}" for one in reply.served_by.adapters]
+    return ", ".join(adapters) or f"{reply.served_by.base_model} alone"

@@ -1,0 +1,171 @@
+"""`motley demo` with a child that answers by rule: what it shows, when it fails, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from motley_client.child_server import ServerStartError, child_server
+
+TESTS = Path(__file__).parents[1]
+ADAPTERS = ("next", "reverse", "sort")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Declare the fake `serve`, and a package with three embedded adapters of which only the names matter."""
+    declared = tmp_path / "fake_serve-1.0.dist-info"
+    declared.mkdir()
+    (declared / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-serve\nVersion: 1.0\n")
+    (declared / "entry_points.txt").write_text("[motley.commands]\nserve = fake_serve:serve\n")
+    for name in (*ADAPTERS, "unheard-of"):
+        folder = tmp_path / "motley_adapters" / "assets" / "tiny" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+    (tmp_path / "motley_adapters" / "__init__.py").write_text("raise SystemExit('the demo imports no adapters')")
+    (tmp_path / "scratch").mkdir()
+    path = os.pathsep.join([str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "TMPDIR": str(tmp_path / "scratch"),
+        "FAKE_SERVE_PIDS": str(tmp_path / "pids"),
+        "COLUMNS": "120",
+        "MOTLEY_LISTEN": "0.0.0.0:1",
+    }
+
+
+def start_demo(environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "motley_client", "demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def run_demo(environment: Mapping[str, str]) -> tuple[int, str, str]:
+    with start_demo(environment) as process:
+        output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def assert_nothing_is_left(environment: Mapping[str, str]) -> None:
+    pids = [int(line) for line in Path(environment["FAKE_SERVE_PIDS"]).read_text().split()]
+    assert pids
+    assert [pid for pid in pids if is_running(pid)] == []
+    assert list(Path(environment["TMPDIR"]).iterdir()) == []
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process runs; one that ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_it_shows_every_prompt_under_base_and_adapters_and_the_servers_counters(environment: dict[str, str]) -> None:
+    code, output, errors = run_demo(environment)
+
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    for skill in (*ADAPTERS, "upper"):
+        assert sum(f"{skill}: winter =" in line for line in lines) == 4
+    (reverse,) = [line for line in lines if "reverse: winter =" in line and "reverse@1 sha256:" in line]
+    assert "retniw" in reverse
+    assert "yes" in reverse
+    assert sum("tiny alone" in line for line in lines) == 4
+    assert any("forward passes" in line and " 3 " in line for line in lines)
+    assert any("generated tokens" in line and " 112 " in line for line in lines)
+    assert any("distinct adapters in a pass" in line and " 4 " in line for line in lines)
+    assert_nothing_is_left(environment)
+
+
+@pytest.mark.parametrize(
+    ("mode", "complaint"),
+    [("lies", "was asked of reverse, and tiny alone answered"), ("unmixed", "no forward pass held 3 adapters")],
+)
+def test_a_broken_promise_is_named_and_fails(environment: dict[str, str], mode: str, complaint: str) -> None:
+    code, output, errors = run_demo(environment | {"FAKE_SERVE": mode})
+
+    assert (code, errors) == (1, "")
+    assert f"not as promised: {complaint}" in output.replace("`reverse` ", "")
+    assert_nothing_is_left(environment)
+
+
+def test_a_server_that_does_not_start_is_quoted(environment: dict[str, str]) -> None:
+    code, _, errors = run_demo(environment | {"FAKE_SERVE": "dies"})
+
+    assert code == 1
+    assert errors == ("error: the server did not start: the base does not fit (TOO_SMALL) (SERVER_DID_NOT_START)\n")
+    assert_nothing_is_left(environment)
+
+
+def test_too_few_adapters_are_no_demo(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "motley_adapters" / "assets" / "tiny" / "next" / "adapter_config.json").unlink()
+
+    code, _, errors = run_demo(environment)
+
+    assert code == 1
+    assert errors.startswith("error: found 2 embedded adapters")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_its_server(environment: dict[str, str], sent: signal.Signals, code: int) -> None:
+    with start_demo(environment | {"FAKE_SERVE": "hangs"}) as process:
+        wait_for_server(environment)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=30)
+
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert_nothing_is_left(environment)
+
+
+def test_a_server_that_clings_to_life_is_killed_with_its_children(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start_and_leave() -> bool:
+        async with asyncio.timeout(20), child_server([], Path(environment["TMPDIR"]), grace_seconds=0.5) as server:
+            (tmp_path / "scratch" / "server.log").unlink()
+            return is_running(server.pid)
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FAKE_SERVE", "clings")
+
+    assert asyncio.run(start_and_leave())
+    assert len(Path(environment["FAKE_SERVE_PIDS"]).read_text().split()) == 2
+    assert_nothing_is_left(environment)
+
+
+def test_a_server_that_takes_too_long_is_given_up(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start() -> None:
+        async with child_server([], Path(environment["TMPDIR"]), start_seconds=2.0):
+            pass
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FAKE_SERVE", "hangs")
+
+    with pytest.raises(ServerStartError, match="not ready after 2 seconds"):
+        asyncio.run(start())
+    Path(environment["TMPDIR"], "server.log").unlink()
+    assert_nothing_is_left(environment)
+
+
+def wait_for_server(environment: Mapping[str, str]) -> None:
+    pids = Path(environment["FAKE_SERVE_PIDS"])
+    deadline = time.monotonic() + 20
+    while not (pids.exists() and pids.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
