@@ -1,0 +1,150 @@
+"""The loader: from a checkpoint directory to a probed, described base with adapter sites in place.
+
+It reads local safetensors only and never runs a checkpoint's own code. Runs once, on the thread that starts the server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from motley_bases.admission import check_config, check_stored_config
+from motley_bases.attention import register_attention
+from motley_bases.base import Base
+from motley_bases.checkpoint import read_config, resolve_base, weight_files
+from motley_bases.describe import describe
+from motley_bases.errors import UnreadableBaseError, UnsupportedBaseError
+from motley_bases.fingerprint import fingerprint, stored_dtypes
+from motley_bases.linear import attach
+from motley_bases.probe import probe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+__all__ = ["load_base", "resolve_base"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(directory: Path, *, dtype: str, device: torch.device, cache_directory: Path | None = None) -> Base:
+    """Load, probe and describe a base, and put adapter sites in place.
+
+    Semantics: dtype is auto, float32, bfloat16 or float16; auto is the checkpoint's own (see `choose_dtype`).
+    `cache_directory` remembers fingerprints.
+    Raises: UnreadableBaseError if the checkpoint is broken; UnsupportedBaseError if it would be served wrongly, with
+    the config field at fault.
+    """
+    check_stored_config(read_config(directory))
+    config = _read_parsed_config(directory)
+    check_config(config)
+    digest = fingerprint(directory, cache_directory=cache_directory)
+    tokenizer = _load_tokenizer(directory)
+    model = _load_model(directory, choose_dtype(dtype, directory, config, device))
+    nn.Module.to(model, device).train(False).requires_grad_(False)
+    register_attention()
+    report = probe(model)
+    spec = describe(model, tokenizer, report, name=directory.name, fingerprint=digest)
+    return Base(spec, model, tokenizer, attach(model, spec))
+
+
+def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """Resolve a dtype setting against the checkpoint and the device.
+
+    Semantics: auto is the dtype the config names, or else the one most of the stored bytes have; but a float16
+    checkpoint is served in float32 on a CPU.
+    Raises: UnsupportedBaseError for a name or a stored dtype that cannot be computed with.
+    """
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise UnsupportedBaseError(
+            f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}", reason="DTYPE", field="dtype"
+        )
+    chosen = config.dtype
+    if chosen is None:
+        stored = stored_dtypes(weight_files(directory))
+        chosen = STORED_DTYPES.get(max(stored, key=stored.__getitem__))
+    if chosen not in DTYPES.values():
+        raise UnsupportedBaseError(
+            f"the checkpoint's dtype {chosen} is none of {', '.join(DTYPES)}", reason="DTYPE", field="dtype"
+        )
+    if chosen is torch.float16 and device.type == "cpu":
+        # CPUs compute float16 by conversion, slower than float32, and it overflows at 65504.
+        logger.info("serving a float16 checkpoint in float32: on a CPU float16 is slower and overflows")
+        return torch.float32
+    return cast(torch.dtype, chosen)
+
+
+def _read_parsed_config(directory: Path) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise UnreadableBaseError(
+            f"{directory / 'config.json'} is refused by transformers: {error}", reason="BROKEN_CONFIG"
+        ) from error
+    return cast(PreTrainedConfig, config)
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UnreadableBaseError(
+            f"the tokenizer in {directory} cannot be read: {error}", reason="BROKEN_TOKENIZER"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UnreadableBaseError(f"the tokenizer in {directory} is not a fast one", reason="NO_TOKENIZER")
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Read the weights, and insist that they are exactly the model's."""
+    with _without_progress_bars():
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported below, and refused like the others
+        )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(entry) for entry in info[kind])
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise UnreadableBaseError(
+                f"the weights in {directory} do not fit {type(model).__name__}: {kind}: {shown}",
+                reason="OTHER_WEIGHTS",
+                field=kind,
+            )
+    return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers' progress bars out of a server's log for a while."""
+    bars = cast(Any, transformers_logging)
+    were_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            bars.enable_progress_bar()
