@@ -1,0 +1,100 @@
+"""The adapter delta: one operator that adds every token's own adapters to a Linear.
+
+Any mix of adapters shares a batch. This package checks what it is given, chooses an implementation and knows only units
+and token rows: no requests, no names, no model. `reference` is the definition. It is called by the engine thread, once
+per Linear and step, and records no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from motley_kernels.adapter_delta import grouped, reference
+from motley_kernels.adapter_delta.types import RUN_TOKENS, DeltaBatch, DeltaUnit, Segment, UnitTable
+from motley_kernels.errors import DeviceError, ShapeError
+
+__all__ = [
+    "RUN_TOKENS",
+    "DeltaBatch",
+    "DeltaUnit",
+    "Implementation",
+    "Segment",
+    "UnitTable",
+    "add_delta",
+    "add_embedding_delta",
+]
+
+Implementation = Literal["auto", "reference", "grouped"]
+
+
+def add_delta(
+    y: Tensor, x: Tensor, units: UnitTable, batch: DeltaBatch, *, implementation: Implementation = "auto"
+) -> None:
+    """Add each token's adapter delta to `y`, in place.
+
+    Semantics: y[t] += sum over members (slot, weight) of t's segment of weight * scaling * B (A x[t]), for the members
+    that have a unit here; a token in no segment, or with no unit here, keeps its bits and costs nothing. Products and
+    sums are in float32 whatever the types given (float64 by the reference, where y is), members are summed in the set's
+    order, and `y` is rounded once. A token's bits do not depend on other tokens.
+    Shapes: x [T, I], y [T, O], any float dtypes.
+    Effects: writes only `y`, and scratch in `units.stacks` and `batch.layouts`.
+    Raises: ShapeError if T, I or O disagree with `batch` or `units`; DeviceError if tensors live on two devices.
+    Source: Punica SGMV, arXiv:2310.18547; reference.py is the definition.
+    """
+    if not batch.segments or not units.units:
+        return
+    _check_output(y, units, batch)
+    if x.shape != (batch.num_tokens, units.in_features):
+        raise ShapeError(f"x is {tuple(x.shape)}, expected ({batch.num_tokens}, {units.in_features})")
+    _check_device(y, x, units)
+    if _use_reference(implementation, y):
+        reference.add_delta(y, x, units, batch)
+    else:
+        grouped.add_delta(y, x, units, batch)
+
+
+def add_embedding_delta(
+    y: Tensor,
+    input_ids: Tensor,
+    units: UnitTable,
+    batch: DeltaBatch,
+    output_scale: float = 1.0,
+    *,
+    implementation: Implementation = "auto",
+) -> None:
+    """Add each token's embedding delta to `y`, in place.
+
+    Semantics: as `add_delta` with x[t] one-hot at input_ids[t], so A x[t] is a column of A; the delta is multiplied by
+    `output_scale`, for bases that scale their embeddings.
+    Shapes: input_ids [T] integer, below the table's in_features; y [T, O].
+    Effects: writes only `y`.
+    Raises: ShapeError if T or O disagree with `batch` or `units`; DeviceError if tensors live on two devices.
+    """
+    if not batch.segments or not units.units:
+        return
+    _check_output(y, units, batch)
+    if input_ids.shape != (batch.num_tokens,):
+        raise ShapeError(f"input_ids are {tuple(input_ids.shape)}, expected ({batch.num_tokens},)")
+    _check_device(y, input_ids, units)
+    if _use_reference(implementation, y):
+        reference.add_embedding_delta(y, input_ids, units, batch, output_scale)
+    else:
+        grouped.add_embedding_delta(y, input_ids, units, batch, output_scale)
+
+
+def _use_reference(implementation: Implementation, y: Tensor) -> bool:
+    return implementation == "reference" or (implementation == "auto" and y.dtype == torch.float64)
+
+
+def _check_output(y: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
+    if y.shape != (batch.num_tokens, units.out_features):
+        raise ShapeError(f"y is {tuple(y.shape)}, expected ({batch.num_tokens}, {units.out_features})")
+
+
+def _check_device(y: Tensor, given: Tensor, units: UnitTable) -> None:
+    unit = next(iter(units.units.values()))
+    if not (y.device == given.device == unit.a.device):
+        raise DeviceError(f"y is on {y.device}, the input on {given.device}, the units on {unit.a.device}")
