@@ -129,7 +129,9 @@ class DeltaBatch:
         return cls.from_sequences((members, 1) for members in sets)
 
     @classmethod
-    def from_sequences(cls, sequences: Iterable[tuple[tuple[tuple[int, float], ...], int]]) -> DeltaBatch:
+    def from_sequences(
+        cls, sequences: Iterable[tuple[tuple[tuple[int, float], ...], int]], device: torch.device | None = None
+    ) -> DeltaBatch:
         """Group packed tokens, given each sequence's unit set and number of new tokens in row order.
 
         Semantics: an empty set is the base alone; padding is a sequence with an empty set.
@@ -140,5 +142,8 @@ class DeltaBatch:
             if members and num_new:
                 rows.setdefault((members, num_new >= RUN_TOKENS), []).extend(range(num_tokens, num_tokens + num_new))
             num_tokens += num_new
-        segments = tuple(Segment(members, torch.tensor(indices), is_run) for (members, is_run), indices in rows.items())
+        segments = tuple(
+            Segment(members, torch.tensor(indices, device=device), is_run)
+            for (members, is_run), indices in rows.items()
+        )
         return cls(num_tokens, segments)

@@ -1,0 +1,287 @@
+"""Admission: from what a caller asked for to a request in the engine's mailbox, or a typed error that names the field.
+
+Turns prompts into token ids, names into leased digests, and fills in every default. A lease taken here is given back
+exactly once: by the engine's `on_end`, or at once if the engine refused. Knows no protobuf. Runs on the event loop's
+thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from motley_bases.spec import BaseSpec
+
+from motley_server.asked import (
+    AskedAdapter,
+    AskedGeneration,
+    AskedScoring,
+    Caller,
+    ChatPrompt,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+from motley_server.engine.api import EngineFront, EventStream
+from motley_server.engine.types import GenerateRequest, SamplingParams, ServedAdapter
+from motley_server.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    MotleyError,
+    UnavailableError,
+    UnimplementedError,
+)
+from motley_server.registry.catalog import Catalog
+from motley_server.sampling import SamplingFacts, check_token_id, fill_sampling
+from motley_server.tokenizer import Tokenizer, TokenizerThread
+
+MAX_ADAPTERS = 8
+MAX_CONTINUATIONS = 64
+
+
+class AdapterLease(Protocol):
+    """A promise that an adapter stays until it is released."""
+
+    def release(self) -> None:
+        """Give the adapter back; a second time is an error."""
+
+
+class AdapterLeases(Protocol):
+    """Where leases come from."""
+
+    def acquire(self, digest: str) -> AdapterLease:
+        """Lease an adapter that the catalog knows."""
+
+
+class RefusalObserver(Protocol):
+    """Who counts the requests that never reached the engine."""
+
+    def request_refused(self) -> None:
+        """Take note of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """What a caller may ask for."""
+
+    context_length: int  # tokens of prompt and answer together
+    max_prompt_bytes: int
+    default_max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that the engine has taken, and its events."""
+
+    request: GenerateRequest
+    events: EventStream
+
+
+class Admission:
+    """Check requests and hand them to the engine."""
+
+    def __init__(
+        self,
+        engine: EngineFront,
+        base: BaseSpec,
+        tokenizer: Tokenizer,
+        catalog: Catalog,
+        leases: AdapterLeases,
+        limits: AdmissionLimits,
+        observer: RefusalObserver,
+    ) -> None:
+        self.limits = limits
+        self._engine = engine
+        self._base = base
+        self._tokenizer = tokenizer
+        self._tokenizer_thread = TokenizerThread()
+        self._catalog = catalog
+        self._leases = leases
+        self._observer = observer
+        self._sampling_facts = SamplingFacts(base.generation, base.vocab_size, limits.default_max_new_tokens)
+        self._serial = itertools.count(1)
+
+    async def generate(self, asked: AskedGeneration, caller: Caller) -> Admitted:
+        """Admit a request to generate.
+
+        Raises: InvalidArgumentError, NotFoundError, FailedPreconditionError, ResourceExhaustedError,
+        DeadlineExceededError, UnavailableError.
+        """
+        try:
+            self._check_open(caller)
+            if asked.is_constrained:
+                message = "structured output is not built in this version"
+                raise UnimplementedError(message, reason="STRUCTURED_OUTPUT_NOT_BUILT", field="structured_output")
+            ids = await self.tokenize(asked.prompt)
+            self._check_length(len(ids), "prompt", room=1)
+            sampling = fill_sampling(
+                asked.sampling, self._sampling_facts, num_free_tokens=self.limits.context_length - len(ids)
+            )
+            adapters = self._resolve(asked.adapters, caller)
+            return self._submit(self._request(caller, ids, sampling, adapters))
+        except MotleyError:
+            self._observer.request_refused()
+            raise
+
+    async def score(self, asked: AskedScoring, caller: Caller) -> list[Admitted]:
+        """Admit the scoring of each continuation, as a request of its own: all of them or none.
+
+        Semantics: a continuation is encoded by itself, without special tokens, and appended to the prompt's ids, so its
+        score does not depend on how a tokenizer would have merged across the border.
+        Raises: as `generate`.
+        """
+        admitted: list[Admitted] = []
+        try:
+            self._check_open(caller)
+            if not 1 <= len(asked.continuations) <= MAX_CONTINUATIONS:
+                message = f"{len(asked.continuations)} continuations; 1 to {MAX_CONTINUATIONS} are allowed"
+                raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="continuations")
+            prompt = await self.tokenize(asked.prompt)
+            endings = [await self._tokenize_continuation(i, text) for i, text in enumerate(asked.continuations)]
+            for index, ending in enumerate(endings):
+                self._check_length(len(prompt) + len(ending), f"continuations[{index}]", room=0)
+            adapters = self._resolve(asked.adapters, caller)
+            for ending in endings:
+                request = self._request(caller, prompt + ending, SamplingParams(max_new_tokens=0, logprobs=1), adapters)
+                scoring = replace(request, prompt_logprobs=True, num_context_tokens=len(prompt))
+                admitted.append(self._submit(scoring))
+        except MotleyError:
+            self._observer.request_refused()
+            for one in admitted:
+                await one.events.aclose()
+            raise
+        return admitted
+
+    async def tokenize(self, prompt: Prompt | None) -> tuple[int, ...]:
+        """Return the ids of a prompt, special tokens included.
+
+        Raises: InvalidArgumentError; FailedPreconditionError for a conversation where the base has no template.
+        """
+        if isinstance(prompt, TokenPrompt):
+            self._check_not_empty(prompt.token_ids)
+            self.check_token_ids(prompt.token_ids, "prompt.tokens.ids")
+            return prompt.token_ids
+        if isinstance(prompt, TextPrompt):
+            text = prompt.text
+            self._check_not_empty(text)
+            self._check_bytes([text], "prompt")
+            return await self._encode(text, add_special_tokens=True)
+        if isinstance(prompt, ChatPrompt):
+            self._check_not_empty(prompt.turns)
+            self._check_bytes([part for turn in prompt.turns for part in (turn.role, turn.content)], "prompt")
+            size = sum(len(turn.content) for turn in prompt.turns)
+            rendered = await self._tokenizer_thread.run(size, lambda: self._tokenizer.render_chat(prompt.turns))
+            self._check_not_empty(rendered)
+            return await self._encode(rendered, add_special_tokens=False)
+        raise InvalidArgumentError("one of text, chat and tokens must be set", reason="PROMPT_REQUIRED", field="prompt")
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        """Return the text of ids.
+
+        Raises: InvalidArgumentError for an id outside the vocabulary.
+        """
+        self.check_token_ids(ids, "ids")
+        return await self._tokenizer_thread.run(len(ids), lambda: self._tokenizer.decode(ids))
+
+    def check_token_ids(self, ids: Sequence[int], field: str) -> None:
+        """Refuse ids that the base does not have."""
+        if ids and not 0 <= min(ids) <= max(ids) < self._base.vocab_size:
+            for index, token_id in enumerate(ids):
+                check_token_id(token_id, f"{field}[{index}]", self._base.vocab_size)
+
+    def check_open(self) -> None:
+        """Refuse everybody while the server is being emptied.
+
+        Raises: UnavailableError (reason=DRAINING).
+        """
+        if self._engine.is_draining:
+            raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
+
+    def close(self) -> None:
+        """End the tokenizer's thread."""
+        self._tokenizer_thread.close()
+
+    def _check_open(self, caller: Caller) -> None:
+        self.check_open()
+        if caller.deadline is not None and time.monotonic() >= caller.deadline:
+            raise DeadlineExceededError("the deadline had passed when the request arrived", reason="DEADLINE_PASSED")
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        ids = await self._tokenizer_thread.run(
+            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+        return tuple(ids)
+
+    async def _tokenize_continuation(self, index: int, text: str) -> tuple[int, ...]:
+        field = f"continuations[{index}]"
+        self._check_bytes([text], field)
+        ids = await self._encode(text, add_special_tokens=False)
+        if not ids:
+            raise InvalidArgumentError("a continuation without a token", reason="EMPTY_CONTINUATION", field=field)
+        return ids
+
+    def _check_not_empty(self, content: Sequence[object]) -> None:
+        if not content:
+            raise InvalidArgumentError("the prompt is empty", reason="EMPTY_PROMPT", field="prompt")
+
+    def _check_bytes(self, texts: Sequence[str], field: str) -> None:
+        num_bytes = sum(len(text.encode()) for text in texts)
+        if num_bytes > self.limits.max_prompt_bytes:
+            message = f"{num_bytes} bytes; {self.limits.max_prompt_bytes} are allowed"
+            raise InvalidArgumentError(message, reason="PROMPT_TOO_LARGE", field=field)
+
+    def _check_length(self, num_tokens: int, field: str, *, room: int) -> None:
+        if num_tokens + room > self.limits.context_length:
+            message = f"{num_tokens} tokens do not fit a context of {self.limits.context_length}" + (
+                " with room for an answer" if room else ""
+            )
+            raise InvalidArgumentError(message, reason="CONTEXT_EXCEEDED", field=field)
+
+    def _resolve(self, asked: tuple[AskedAdapter, ...], caller: Caller) -> tuple[ServedAdapter, ...]:
+        if len(asked) > MAX_ADAPTERS:
+            message = f"{len(asked)} adapters; {MAX_ADAPTERS} are allowed on one request"
+            raise InvalidArgumentError(message, reason="TOO_MANY_ADAPTERS", field="adapters")
+        served: dict[str, ServedAdapter] = {}
+        for index, one in enumerate(asked):
+            field = f"adapters[{index}]"
+            weight = 1.0 if one.weight is None else one.weight
+            if not math.isfinite(weight):
+                raise InvalidArgumentError(f"{weight} is not finite", reason="OUT_OF_RANGE", field=f"{field}.weight")
+            found = self._catalog.resolve(caller.tenant_id, one.name, field=f"{field}.name")
+            if weight == 0:
+                continue
+            if found.digest in served:
+                message = f"{one.name!r} is the same adapter as {served[found.digest].name!r}, which was named before"
+                raise InvalidArgumentError(message, reason="DUPLICATE_ADAPTER", field=f"{field}.name")
+            name = found.name_for(caller.tenant_id)
+            served[found.digest] = ServedAdapter(name, found.version, found.digest, weight, found.trained_on)
+        return tuple(served[digest] for digest in sorted(served))
+
+    def _request(
+        self, caller: Caller, ids: tuple[int, ...], sampling: SamplingParams, adapters: tuple[ServedAdapter, ...]
+    ) -> GenerateRequest:
+        return GenerateRequest(
+            # Callers choose request ids, and one call may be many requests: the engine's are ours, and unique.
+            request_id=f"{caller.request_id}/{next(self._serial)}",
+            tenant_id=caller.tenant_id,
+            prompt_token_ids=ids,
+            sampling=sampling,
+            adapters=adapters,
+            deadline=caller.deadline,
+        )
+
+    def _submit(self, request: GenerateRequest) -> Admitted:
+        with ExitStack() as held:
+            for adapter in request.adapters:
+                held.callback(self._leases.acquire(adapter.digest).release)
+            give_back = held.pop_all()
+        try:
+            return Admitted(request, self._engine.submit(request, give_back.close))
+        except BaseException:
+            give_back.close()
+            raise

@@ -1,0 +1,251 @@
+"""The server put together, in one place: base, adapters, engine, metrics, gRPC, signals.
+
+Everything that needs torch is imported inside functions, after `prepare_process` has set what torch and its libraries
+read when they are loaded. Runs on the main thread, and then on its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from motley_server.admission import Admission, AdmissionLimits
+from motley_server.config import MIB, EngineConfig, ServerConfig
+from motley_server.config_values import Address
+from motley_server.engine.api import EngineFront
+from motley_server.engine.settings import EngineSettings
+from motley_server.facts import ServerFacts
+from motley_server.metrics import HttpEndpoint, Metrics
+from motley_server.registry.catalog import Catalog
+from motley_server.rpc.identity import LOCAL_TENANT, identify_local
+from motley_server.rpc.server import Backend, RpcServer, RpcSettings
+from motley_server.tokenizer import CheckpointTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from motley_adapters.cache import AdapterCache
+    from motley_adapters.errors import AdapterError
+    from motley_bases.base import Base
+    from motley_bases.errors import BaseError
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_SECONDS = 5.0
+MIN_CACHED_TOKENS = 16  # less than this serves nobody, and warming up takes half of it
+
+
+class StartError(Exception):
+    """Say in one line why the server cannot start with what it was given."""
+
+
+def prepare_process(environ: MutableMapping[str, str], log_level: str) -> None:
+    """Set what must be set before torch is loaded, and send the log to stderr."""
+    environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin beside other processes
+    environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever fetched, whatever a library would like
+    logging.basicConfig(
+        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """A server that listens, and all that must be stopped with it."""
+
+    config: ServerConfig
+    port: int
+    engine: EngineFront
+    rpc: RpcServer
+    metrics: Metrics
+    endpoint: HttpEndpoint | None
+    resources: contextlib.AsyncExitStack
+
+    async def stop(self) -> None:
+        """Stop what was started, the last first; requests that still run fail."""
+        await self.resources.aclose()
+
+
+async def build(config: ServerConfig) -> App:
+    """Load everything, start the engine, warm it up, and listen.
+
+    Raises: StartError for a base, an adapter or sizes that cannot be served; OSError for an address that is taken.
+    Nothing is left running then.
+    """
+    async with contextlib.AsyncExitStack() as resources:
+        return await _build(config, resources)
+
+
+async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> App:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _single_threaded(config.engine.threads):
+        base = _load_base(config, device)
+        catalog, adapters = _load_adapters(config, base)
+    version = _version()
+    metrics = Metrics(version, base.spec)
+    endpoint = None
+    if config.metrics is not None:
+        endpoint = metrics.serve(config.metrics)
+        resources.push_async_callback(asyncio.to_thread, endpoint.stop)
+    engine = _start_engine(config, base, adapters, metrics)
+    resources.push_async_callback(engine.stop)
+    metrics.follow(engine.stats, lambda: adapters.nbytes)
+    facts = _facts(config, base, engine, version, str(device))
+    limits = AdmissionLimits(facts.context_length, config.limits.max_prompt_bytes, config.limits.max_new_tokens)
+    admission = Admission(engine, base.spec, CheckpointTokenizer(base.tokenizer), catalog, adapters, limits, metrics)
+    resources.callback(admission.close)
+    backend = Backend(engine, admission, catalog, adapters, facts, metrics, identify_local)
+    rpc = RpcServer(backend, _rpc_settings(config))
+    resources.push_async_callback(rpc.stop, STOP_GRACE_SECONDS)
+    port = await rpc.start(str(config.listen))
+    return App(config, port, engine, rpc, metrics, endpoint, resources.pop_all())
+
+
+async def run(config: ServerConfig) -> int:
+    """Serve until SIGTERM, SIGINT or a Drain, and return the exit status."""
+    app = await build(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, app.rpc.lifecycle.begin_drain)
+    log.info("a caller without a key is tenant %r with every role; there are no keys in this version", LOCAL_TENANT)
+    if not config.listen.is_loopback:
+        log.warning("insecure: anybody who reaches %s is served, without encryption", config.listen)
+    if app.endpoint is not None and config.metrics is not None:
+        log.info("metrics at http://%s/metrics", Address(config.metrics.host, app.endpoint.port))
+    print(f"ready on {Address(config.listen.host, app.port)}", flush=True)
+    await app.rpc.lifecycle.wait_drained()
+    await app.stop()
+    return 0
+
+
+@contextlib.contextmanager
+def _single_threaded(threads: int) -> Iterator[None]:
+    """Load with one thread, so that this thread's pool stays empty, and leave the engine's count behind."""
+    import torch
+
+    wanted = threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(wanted)
+
+
+def _load_base(config: ServerConfig, device: torch.device) -> Base:
+    from motley_bases.errors import BaseError
+    from motley_bases.loader import load_base, resolve_base
+
+    began, cache = time.monotonic(), config.data_dir / "fingerprints"
+    try:
+        base = load_base(resolve_base(config.base), dtype=config.dtype, device=device, cache_directory=cache)
+    except BaseError as error:
+        raise StartError(f"base {config.base}: {_tell(error)}") from error
+    spec = base.spec
+    log.info(
+        "base %s, %s, %s on %s, fingerprint %s, loaded in %.1f s",
+        spec.name, spec.architecture, spec.dtype, device, spec.fingerprint, time.monotonic() - began,
+    )  # fmt: skip
+    return base
+
+
+def _load_adapters(config: ServerConfig, base: Base) -> tuple[Catalog, AdapterCache]:
+    from motley_adapters.cache import AdapterCache
+    from motley_adapters.errors import AdapterError
+    from motley_adapters.reader import read_adapter
+
+    catalog, cache = Catalog(), AdapterCache(config.engine.adapter_cache_bytes)
+    for name, directory in config.adapters.items():
+        try:
+            adapter = read_adapter(directory, base.spec, base_tensor=base.tensor)
+            cache.put(adapter)
+        except AdapterError as error:
+            raise StartError(f"adapter {name} in {directory}: {_tell(error)}") from error
+        spec = adapter.spec
+        catalog.add(LOCAL_TENANT, name, digest=spec.digest, kind=spec.kind, trained_on=spec.trained_on)
+        log.info(
+            "adapter %s, %s, %d bytes, %s, trained on %s", name, spec.kind, spec.nbytes, spec.digest, spec.trained_on
+        )
+    return catalog, cache
+
+
+def _start_engine(config: ServerConfig, base: Base, adapters: AdapterCache, metrics: Metrics) -> EngineFront:
+    from motley_server.engine.engine import start_engine
+
+    sizes = config.engine
+    _check_kv_cache(base, sizes)
+    settings = EngineSettings(
+        kv_cache_bytes=sizes.kv_cache_bytes,
+        block_size=sizes.block_size,
+        max_running=sizes.max_running,
+        max_waiting=sizes.max_waiting,
+        token_budget=sizes.token_budget,
+        prefix_cache=sizes.prefix_cache,
+        reader_queue_events=sizes.reader_queue_events,
+    )
+    began = time.monotonic()
+    engine = start_engine(base, adapters, settings, metrics)
+    stats = engine.stats()
+    log.info(
+        "memory: %.1f MiB of KV cache for %d tokens; adapters %.1f of %.1f MiB; warm after %.1f s",
+        stats.num_total_blocks * stats.kv_bytes_per_block / MIB,
+        stats.num_total_blocks * stats.block_size,
+        adapters.nbytes / MIB,
+        sizes.adapter_cache_bytes / MIB,
+        time.monotonic() - began,
+    )
+    return engine
+
+
+def _check_kv_cache(base: Base, sizes: EngineConfig) -> None:
+    from motley_bases.kv_cache import bytes_per_block
+
+    num_blocks = -(-MIN_CACHED_TOKENS // sizes.block_size)
+    wanted = num_blocks * bytes_per_block(base.spec, sizes.block_size, base.dtype)
+    if sizes.kv_cache_bytes < wanted:
+        message = f"{sizes.kv_cache_bytes} bytes hold not even {MIN_CACHED_TOKENS} tokens of this base, {wanted} would"
+        raise StartError(f"engine.kv_cache_bytes: {message}")
+
+
+def _facts(config: ServerConfig, base: Base, engine: EngineFront, version: str, device: str) -> ServerFacts:
+    from motley_adapters.reader import KIND_READERS
+
+    stats = engine.stats()
+    return ServerFacts(
+        version=version,
+        base=base.spec,
+        quantization="none",
+        device=device,
+        kernel="grouped",
+        adapter_kinds=tuple(KIND_READERS),
+        context_length=min(base.spec.context_length, stats.num_total_blocks * stats.block_size),
+        max_message_bytes=config.limits.max_message_bytes,
+        max_prompt_bytes=config.limits.max_prompt_bytes,
+        max_running=config.engine.max_running,
+        max_waiting=config.engine.max_waiting,
+        adapter_cache_bytes=config.engine.adapter_cache_bytes,
+    )
+
+
+def _rpc_settings(config: ServerConfig) -> RpcSettings:
+    limits = config.limits
+    return RpcSettings(limits.max_message_bytes, limits.health_stall_seconds, limits.drain_seconds, config.reflection)
+
+
+def _tell(error: BaseError | AdapterError) -> str:
+    where = f" ({error.field})" if error.field else ""
+    return f"{error.reason}{where}: {error.message}"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("motley")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a checkout that was not installed

@@ -1,0 +1,56 @@
+"""The server's part of the `motley` command: `serve`.
+
+Loaded by the command line's entry points when it is used. Turns flags into configuration, and start-up errors into one
+line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from motley_server.config import ConfigError, ServerConfig, render, resolve
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Read this TOML file.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR|tiny", help="Serve this base.")] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Answer gRPC here.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help='Show /metrics here; "" is nowhere.')] = None,
+    data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Keep what the server remembers here.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="float32|bfloat16|auto", help="Compute in this type.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Serve this too; repeatable.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the resolved settings and exit.")] = False,
+) -> None:
+    """Serve one base model, every request under the adapters that it names."""
+    given: dict[str, object] = {
+        "base": base, "listen": listen, "metrics": metrics, "data_dir": data_dir, "dtype": dtype, "adapters": adapter,
+    }  # fmt: skip
+    flags = {key: value for key, value in given.items() if value is not None}
+    try:
+        resolved = resolve(os.environ, flags, config)
+    except ConfigError as error:
+        raise _refuse(error) from error
+    if print_config:
+        typer.echo(render(resolved), nl=False)
+        return
+    raise typer.Exit(_run(resolved))
+
+
+def _run(config: ServerConfig) -> int:
+    from motley_server.app import StartError, prepare_process, run
+
+    prepare_process(os.environ, config.log_level)
+    try:
+        return asyncio.run(run(config))
+    except (StartError, OSError) as error:
+        raise _refuse(error) from error
+
+
+def _refuse(error: Exception) -> typer.Exit:
+    typer.echo(f"motley serve: {error}", err=True)
+    return typer.Exit(2)

@@ -1,0 +1,81 @@
+"""The engine as the rest of the server sees it: an asyncio front over a thread that owns the device.
+
+`rpc/` and `admission.py` know this protocol and nothing behind it; tests of theirs put a small fake in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from motley_server.engine.types import GenerateRequest, RequestEvent
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's state as of its last step."""
+
+    num_running: int  # requests
+    num_waiting: int  # requests
+    num_used_blocks: int
+    num_total_blocks: int
+    block_size: int
+    kv_bytes_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """How the requests that were there at the start of a drain ended."""
+
+    num_finished: int
+    num_cancelled: int
+
+
+class EventStream(Protocol):
+    """The events of one request, in order, ending after the last; `async for` reads it, `aclose` cancels what is not
+    finished."""
+
+    def __aiter__(self) -> EventStream:
+        """Return itself."""
+
+    async def __anext__(self) -> RequestEvent:
+        """Wait for the next event; raise its error if it has one."""
+
+    def take_ready(self) -> list[RequestEvent]:
+        """Return the events that are there already, without waiting, so that a stream can send them as one message."""
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended; closing twice is harmless."""
+
+
+class EngineFront(Protocol):
+    """Submit requests, read their events, ask how the engine is. Every method is called on the event loop's thread."""
+
+    def submit(self, request: GenerateRequest, on_end: Callable[[], None]) -> EventStream:
+        """Put a request in the mailbox and return its events, ending after the last.
+
+        Semantics: `on_end` is called exactly once, when the engine will not touch the request's adapters again, whether
+        the request finished, failed or was cancelled, and even if the iterator is never read; leases go there. Closing
+        the iterator (aclose, or the consuming task being cancelled) cancels the request: its blocks are free after the
+        engine's next step. A reader that lets more than the configured number of events wait is cancelled: its iterator
+        raises ResourceExhaustedError(reason=SLOW_READER).
+        Raises: ResourceExhaustedError (reason=QUEUE_FULL, at once), UnavailableError (reason=DRAINING or
+        ENGINE_STOPPED, at once). An event with `error` is raised as that error.
+        """
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether new requests are refused."""
+
+    def stats(self) -> EngineStats:
+        """Return the state as of the last step, without waiting for the engine."""
+
+    def heartbeat_age_seconds(self) -> float:
+        """Return how long ago the engine's loop last came round; it does so several times a second even when idle."""
+
+    async def drain(self, timeout_seconds: float) -> DrainReport:
+        """Refuse new requests, wait for the present ones, cancel what is left after the timeout."""
+
+    async def stop(self) -> None:
+        """End the engine thread; whatever still runs fails with UnavailableError."""

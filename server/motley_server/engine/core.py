@@ -1,0 +1,210 @@
+"""The engine itself: schedule, run, sample; request by request, step by step, without threads.
+
+Owns the requests in hand. `engine.py` puts it on a thread of its own; tests call `step` by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from motley_adapters.cache import AdapterCache
+from motley_adapters.identity import cache_seed
+from motley_bases.base import Base
+from torch import Tensor
+
+from motley_server.engine.block_pool import BlockPool
+from motley_server.engine.detokenizer import IncrementalDetokenizer
+from motley_server.engine.input_batch import wanted_positions
+from motley_server.engine.model_runner import ModelRunner
+from motley_server.engine.observer import EngineObserver, StepReport
+from motley_server.engine.request_state import RequestState
+from motley_server.engine.sampler import Sampler, SamplingRow, score_rows
+from motley_server.engine.scheduler import Scheduled, Scheduler
+from motley_server.engine.sequence import Sequence
+from motley_server.engine.settings import EngineSettings
+from motley_server.engine.types import GenerateRequest, RequestEvent
+from motley_server.errors import CancelledRequestError, DeadlineExceededError, InternalError, MotleyError
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Answer requests under their own adapters, all of them in the same forward passes."""
+
+    def __init__(self, base: Base, adapters: AdapterCache, settings: EngineSettings, observer: EngineObserver) -> None:
+        self.runner = ModelRunner(base, adapters, settings)
+        self.pool = BlockPool(self.runner.num_blocks, settings.block_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            observer,
+            max_running=settings.max_running,
+            token_budget=settings.token_budget,
+            prefix_cache=settings.prefix_cache,
+        )
+        self._base = base
+        self._observer = observer
+        self._sampler = Sampler()
+        self._requests: dict[str, RequestState] = {}
+        self._context_length = min(base.spec.context_length, self.pool.num_blocks * settings.block_size)
+
+    @property
+    def has_work(self) -> bool:
+        """Tell whether a step would do anything."""
+        return self.scheduler.has_work
+
+    @property
+    def num_requests(self) -> int:
+        """Return the requests in hand."""
+        return len(self._requests)
+
+    def add(self, request: GenerateRequest, arrival: float) -> None:
+        """Take a request in hand; it waits until a step has room for it."""
+        identity = tuple((adapter.digest, adapter.weight) for adapter in request.adapters)
+        seed = cache_seed(identity, self._base.spec.fingerprint, request.tenant_id.encode())
+        state = RequestState(request, arrival, seed, self._make_detokenizer, self._observer)
+        self._requests[request.request_id] = state
+        self.scheduler.add(state.start())
+
+    def cancel(self, request_id: str) -> RequestEvent | None:
+        """Drop a request and give its blocks back; None if it has ended already."""
+        if request_id not in self._requests:
+            return None
+        return self._fail(request_id, CancelledRequestError("the caller cancelled the request", reason="CANCELLED"))
+
+    def expire(self) -> list[RequestEvent]:
+        """Drop the requests whose deadline has passed."""
+        now = time.monotonic()
+        late = [request_id for request_id, state in self._requests.items() if state.is_late(now)]
+        message = "the deadline passed before the answer was complete"
+        return [self._fail(request_id, DeadlineExceededError(message, reason="DEADLINE")) for request_id in late]
+
+    def fail_all(self, error: MotleyError) -> list[RequestEvent]:
+        """Drop every request with the same error."""
+        return [self._fail(request_id, error) for request_id in list(self._requests)]
+
+    def step(self) -> list[RequestEvent]:
+        """Run one forward pass and return what it made."""
+        started = time.monotonic()
+        batch = self.scheduler.schedule()
+        if not batch:
+            return []
+        for entry in batch:
+            self._state(entry.sequence).note_scheduled()
+        events: list[RequestEvent] = []
+        try:
+            self._postprocess(batch, self.runner.run(batch), events)
+        except Exception:
+            log.exception("a forward pass failed")
+            events += self._fail_batch(batch)
+        self._report(batch, time.monotonic() - started)
+        return events
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every block and every sequence is accounted for."""
+        self.scheduler.check_integrity()
+        queued = {id(sequence) for sequence in (*self.scheduler.running, *self.scheduler.waiting)}
+        known = {id(sequence) for state in self._requests.values() for sequence in state.sequences}
+        if queued != known:
+            raise AssertionError("the scheduler's sequences are not those of the requests in hand")
+
+    def _postprocess(self, batch: list[Scheduled], logits: list[Tensor], events: list[RequestEvent]) -> None:
+        failures = self._score(batch, logits)
+        self.scheduler.complete(batch)
+        events += [self._fail(request_id, error) for request_id, error in failures.items()]
+        sampling = []
+        for entry, rows in zip(batch, logits, strict=True):
+            sequence = entry.sequence
+            if sequence.num_uncomputed_tokens > 0 or sequence.request.request_id in failures:
+                continue
+            if sequence.request.prompt_logprobs:
+                self._state(sequence).finish_scoring(sequence)
+                self.scheduler.remove(sequence)
+            else:
+                sampling.append((sequence, rows))
+        events += self._sample(sampling)
+        for request_id in dict.fromkeys(entry.sequence.request.request_id for entry in batch):
+            if (event := self._take_event(request_id)) is not None:
+                events.append(event)
+
+    def _score(self, batch: list[Scheduled], logits: list[Tensor]) -> dict[str, InternalError]:
+        failures = {}
+        for entry, rows in zip(batch, logits, strict=True):
+            sequence = entry.sequence
+            if sequence.request.prompt_logprobs:
+                targets = [sequence.token_ids[position + 1] for position in wanted_positions(entry)]
+                try:
+                    sequence.prompt_logprobs.extend(score_rows(rows, targets, sequence.params.logprobs or 0))
+                except InternalError as error:
+                    failures[sequence.request.request_id] = error
+        return failures
+
+    def _sample(self, sampling: list[tuple[Sequence, Tensor]]) -> list[RequestEvent]:
+        if not sampling:
+            return []
+        rows = [_sampling_row(sequence) for sequence, _ in sampling]
+        failed = []
+        tokens = self._sampler.sample(torch.cat([logits for _, logits in sampling]), rows)
+        for (sequence, _), token in zip(sampling, tokens, strict=True):
+            state = self._requests.get(sequence.request.request_id)
+            if state is None:  # another candidate of the request has just failed
+                continue
+            if token.error is not None:
+                error = InternalError(token.error, reason="BAD_LOGITS")
+                failed.append(self._fail(sequence.request.request_id, error))
+                continue
+            if state.add_token(sequence, token.token_id, token.logprobs, self._context_length):
+                self.scheduler.remove(sequence)
+            for candidate in reversed(state.fork()):
+                self.scheduler.add_first(candidate)
+        return failed
+
+    def _take_event(self, request_id: str) -> RequestEvent | None:
+        state = self._requests.get(request_id)
+        event = state.take_event() if state is not None else None
+        if event is not None and event.is_last:
+            del self._requests[request_id]
+        return event
+
+    def _fail_batch(self, batch: list[Scheduled]) -> list[RequestEvent]:
+        error = InternalError("the forward pass that this request was part of failed", reason="ENGINE_FAULT")
+        request_ids = {entry.sequence.request.request_id: None for entry in batch}
+        return [self._fail(request_id, error) for request_id in request_ids if request_id in self._requests]
+
+    def _report(self, batch: list[Scheduled], seconds: float) -> None:
+        adapters = {adapter.digest for entry in batch for adapter in entry.sequence.request.adapters}
+        running = {sequence.request.request_id for sequence in self.scheduler.running}
+        self._observer.step_finished(
+            StepReport(
+                seconds=seconds,
+                num_tokens=sum(entry.num_tokens for entry in batch),
+                num_sequences=len(batch),
+                num_distinct_adapters=len(adapters),
+                num_running=len(running),
+                num_waiting=len(self._requests) - len(running),
+                num_used_blocks=self.pool.num_used,
+                num_total_blocks=self.pool.num_blocks,
+            )
+        )
+
+    def _state(self, sequence: Sequence) -> RequestState:
+        return self._requests[sequence.request.request_id]
+
+    def _make_detokenizer(self, request: GenerateRequest) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self._base.tokenizer, request.prompt_token_ids, request.sampling.stop)
+
+    def _fail(self, request_id: str, error: MotleyError) -> RequestEvent:
+        state = self._requests.pop(request_id)
+        for sequence in state.sequences:
+            self.scheduler.remove(sequence)
+        return state.fail(error)
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    return SamplingRow(
+        params=sequence.params,
+        candidate=sequence.index,
+        prompt_token_ids=sequence.request.prompt_token_ids,
+        output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+    )

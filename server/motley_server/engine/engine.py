@@ -1,0 +1,249 @@
+"""The engine on a thread of its own, and the asyncio front through which the server talks to it.
+
+The thread owns the device, the scheduler and every request in hand. Requests go in through a mailbox of picklable
+messages; what a step made comes back in one call on the event loop, which only ever awaits. Nothing else is shared but
+a heartbeat and the last step's figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from motley_adapters.cache import AdapterCache
+from motley_bases.base import Base
+
+from motley_server.engine.api import DrainReport, EngineStats
+from motley_server.engine.core import EngineCore
+from motley_server.engine.event_stream import RequestEventStream
+from motley_server.engine.observer import EngineObserver
+from motley_server.engine.settings import EngineSettings
+from motley_server.engine.types import GenerateRequest, RequestEvent
+from motley_server.errors import ResourceExhaustedError, UnavailableError
+
+log = logging.getLogger(__name__)
+IDLE_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Take a request in hand; it arrived at this time.monotonic."""
+
+    request: GenerateRequest
+    arrival: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop a request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Fail what is left and end the thread."""
+
+
+Message = Submit | Cancel | Stop
+
+
+class EngineThread(threading.Thread):
+    """Step the engine while there is work, wait at the mailbox while there is none."""
+
+    def __init__(
+        self,
+        make_core: Callable[[], EngineCore],
+        deliver: Callable[[list[RequestEvent]], None],
+        on_stopped: Callable[[], None],
+    ) -> None:
+        super().__init__(name="engine", daemon=True)
+        self.mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.heartbeat = time.monotonic()
+        self.is_ready = threading.Event()  # also set when starting failed
+        self.failure: BaseException | None = None
+        self.core: EngineCore | None = None
+        self._make_core = make_core
+        self._deliver = deliver
+        self._on_stopped = on_stopped
+
+    def run(self) -> None:
+        """Build the engine, warm it up, then serve until told to stop."""
+        try:
+            self.core = self._make_core()
+            self.core.runner.warm_up()
+        except BaseException as failure:
+            self.failure = failure
+            return
+        finally:
+            self.is_ready.set()
+        try:
+            self._serve(self.core)
+            self._deliver(self.core.fail_all(_stopped()))
+        except Exception:
+            log.exception("the engine thread died")
+        finally:
+            self._on_stopped()
+
+    def _serve(self, core: EngineCore) -> None:
+        while True:
+            self.heartbeat = time.monotonic()
+            messages = self._read_mailbox(wait=not core.has_work)
+            events = [event for message in messages if (event := _apply(core, message)) is not None]
+            if any(isinstance(message, Stop) for message in messages):
+                self._deliver(events)
+                return
+            events += core.expire()
+            events += core.step()
+            if events:
+                self._deliver(events)
+
+    def _read_mailbox(self, *, wait: bool) -> list[Message]:
+        messages: list[Message] = []
+        try:
+            if wait:
+                messages.append(self.mailbox.get(timeout=IDLE_POLL_SECONDS))
+            while True:
+                messages.append(self.mailbox.get_nowait())
+        except queue.Empty:
+            return messages
+
+
+def _stopped() -> UnavailableError:
+    return UnavailableError("the engine has stopped", reason="ENGINE_STOPPED", retry_after_seconds=5.0)
+
+
+def _apply(core: EngineCore, message: Message) -> RequestEvent | None:
+    if isinstance(message, Submit):
+        core.add(message.request, message.arrival)
+    elif isinstance(message, Cancel):
+        return core.cancel(message.request_id)
+    return None
+
+
+class Engine:
+    """The asyncio front of an engine thread (see `api.EngineFront` for what each method promises)."""
+
+    def __init__(self, make_core: Callable[[], EngineCore], settings: EngineSettings) -> None:
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[str, RequestEventStream] = {}
+        self._is_draining = False
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self._has_stopped = False
+        self._thread = EngineThread(make_core, self._deliver_soon, self._note_stopped_soon)
+
+    def start(self) -> None:
+        """Start the thread and wait until the engine is warm."""
+        self._thread.start()
+        self._thread.is_ready.wait()
+        if self._thread.failure is not None:
+            raise self._thread.failure
+
+    @property
+    def core(self) -> EngineCore:
+        """Return the engine itself; only its thread may call it while that runs."""
+        assert self._thread.core is not None, "the engine was not started"
+        return self._thread.core
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether new requests are refused."""
+        return self._is_draining
+
+    def submit(self, request: GenerateRequest, on_end: Callable[[], None]) -> RequestEventStream:
+        """Put a request in the mailbox and return its events."""
+        self._check_open()
+        stream = RequestEventStream(request.request_id, on_end, self._settings.reader_queue_events, cancel=self._cancel)
+        self._streams[request.request_id] = stream
+        self._is_empty.clear()
+        self._thread.mailbox.put(Submit(request, time.monotonic()))
+        return stream
+
+    def stats(self) -> EngineStats:
+        """Return the state as of the last step."""
+        core = self.core
+        running = {sequence.request.request_id for sequence in tuple(core.scheduler.running)}
+        return EngineStats(
+            num_running=len(running),
+            num_waiting=max(0, len(self._streams) - len(running)),
+            num_used_blocks=core.pool.num_used,
+            num_total_blocks=core.pool.num_blocks,
+            block_size=core.pool.block_size,
+            kv_bytes_per_block=core.runner.bytes_per_block,
+        )
+
+    def heartbeat_age_seconds(self) -> float:
+        """Return how long ago the engine's loop last came round."""
+        return time.monotonic() - self._thread.heartbeat
+
+    async def drain(self, timeout_seconds: float) -> DrainReport:
+        """Refuse new requests, wait for the present ones, cancel what is left after the timeout."""
+        self._is_draining = True
+        present = len(self._streams)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._is_empty.wait()
+        except TimeoutError:
+            left = list(self._streams)
+            for request_id in left:
+                self._cancel(request_id)
+            await self._is_empty.wait()
+            return DrainReport(present - len(left), len(left))
+        return DrainReport(present, 0)
+
+    async def stop(self) -> None:
+        """End the engine thread."""
+        self._is_draining = True
+        self._thread.mailbox.put(Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    def _check_open(self) -> None:
+        if self._has_stopped:
+            raise _stopped()
+        if self._is_draining:
+            raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
+        bound = self._settings.max_running + self._settings.max_waiting
+        if len(self._streams) >= bound:
+            message = f"{bound} requests are running or waiting already"
+            raise ResourceExhaustedError(message, reason="QUEUE_FULL", retry_after_seconds=1.0)
+
+    def _cancel(self, request_id: str) -> None:
+        self._thread.mailbox.put(Cancel(request_id))
+
+    def _deliver_soon(self, events: list[RequestEvent]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _note_stopped_soon(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._note_stopped)
+
+    def _note_stopped(self) -> None:
+        self._has_stopped = True
+        self._deliver([RequestEvent(request_id, error=_stopped()) for request_id in self._streams])
+
+    def _deliver(self, events: list[RequestEvent]) -> None:
+        for event in events:
+            stream = self._streams[event.request_id]
+            if event.is_last:
+                del self._streams[event.request_id]
+            stream.push(event)
+        if not self._streams:
+            self._is_empty.set()
+
+
+def start_engine(base: Base, adapters: AdapterCache, settings: EngineSettings, observer: EngineObserver) -> Engine:
+    """Start an engine on the running event loop and return its front once it is warm.
+
+    Raises: ValueError if `settings` leave no room for a single block; whatever building or warming up raised.
+    """
+    engine = Engine(lambda: EngineCore(base, adapters, settings, observer), settings)
+    engine.start()
+    return engine

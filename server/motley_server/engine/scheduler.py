@@ -1,0 +1,179 @@
+"""Which sequences take part in the next forward pass, and with how many tokens.
+
+Plain Python over integers, tested without a model. A sequence that decodes, one that prefills in chunks and one that is
+recomputed after a preemption differ only in how many tokens they lack. Runs on the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from motley_server.engine.block_pool import BlockPool
+from motley_server.engine.observer import EngineObserver
+from motley_server.engine.sequence import Sequence
+
+MAX_SCORED_TOKENS = 256  # of one sequence in one pass: each costs a row of logits as wide as the vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A sequence and how many of its uncomputed tokens the next forward pass computes."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def catches_up(self) -> bool:
+        """Tell whether the pass leaves nothing uncomputed, so that its last row decides the next token."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+class Scheduler:
+    """Keep the waiting and the running, and give blocks to those that run."""
+
+    def __init__(
+        self, pool: BlockPool, observer: EngineObserver, *, max_running: int, token_budget: int, prefix_cache: bool
+    ) -> None:
+        self.pool = pool
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
+        self._observer = observer
+        self._max_running = max_running
+        self._token_budget = token_budget
+        self._prefix_cache = prefix_cache
+
+    @property
+    def has_work(self) -> bool:
+        """Tell whether any sequence is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence behind all others."""
+        self.waiting.append(sequence)
+
+    def add_first(self, sequence: Sequence) -> None:
+        """Queue a sequence before all others."""
+        self.waiting.appendleft(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or not, and give its blocks back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose the next forward pass.
+
+        Semantics: decoding sequences come first, so that a long prompt never delays a stream by more than one pass;
+        then prompts that are half done; then, if nobody had to be preempted, new ones. Returns nothing only if there is
+        no work.
+        """
+        budget = self._token_budget
+        batch: list[Scheduled] = []
+        preempted = False
+        for sequence in [*filter(_decodes, self.running), *filter(_prefills, self.running)]:
+            if budget == 0:
+                break
+            if sequence not in self.running:  # preempted for one that came before it in this very pass
+                continue
+            num_tokens = _chunk(sequence, budget)
+            while not (fits := self._grow(sequence, num_tokens)):
+                preempted = True
+                if self._preempt_last() is sequence:
+                    break
+            if fits:
+                batch.append(Scheduled(sequence, num_tokens))
+                budget -= num_tokens
+        batch = [entry for entry in batch if entry.sequence.block_table]
+        if not preempted:
+            batch.extend(self._admit(budget))
+        return batch
+
+    def complete(self, batch: list[Scheduled]) -> None:
+        """Note that a forward pass has been computed, and remember the blocks it filled."""
+        for entry in batch:
+            sequence = entry.sequence
+            first = sequence.num_computed_tokens // self.pool.block_size
+            sequence.num_computed_tokens += entry.num_tokens
+            if self._prefix_cache:
+                for index in range(first, sequence.num_computed_tokens // self.pool.block_size):
+                    block_hash = sequence.block_hash(index, self.pool.block_size)
+                    self.pool.remember(sequence.block_table[index], block_hash)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every block is accounted for."""
+        self.pool.check_integrity(sequence.block_table for sequence in self.running)
+        if any(sequence.block_table for sequence in self.waiting):
+            raise AssertionError("a waiting sequence owns blocks")
+
+    def _admit(self, budget: int) -> Iterator[Scheduled]:
+        while self.waiting and budget > 0 and len(self.running) < self._max_running:
+            sequence = self.waiting[0]
+            cached = self._find_cached(sequence)
+            sequence.num_computed_tokens = len(cached) * self.pool.block_size
+            num_tokens = _chunk(sequence, budget)
+            lacking = self._num_lacking_blocks(sequence, num_tokens) - len(cached)
+            if lacking + self.pool.num_unowned(cached) > self.pool.num_free:
+                sequence.num_computed_tokens = 0
+                return
+            self.pool.own(cached)
+            sequence.block_table.extend(cached)
+            sequence.block_table.extend(self.pool.allocate(lacking))
+            self.running.append(self.waiting.popleft())
+            self._note_admission(sequence)
+            yield Scheduled(sequence, num_tokens)
+            budget -= num_tokens
+
+    def _find_cached(self, sequence: Sequence) -> list[int]:
+        if not self._prefix_cache:
+            return []
+        size = self.pool.block_size
+        return self.pool.find(
+            sequence.block_hash(index, size) for index in range(sequence.num_cacheable_tokens // size)
+        )
+
+    def _note_admission(self, sequence: Sequence) -> None:
+        if self._prefix_cache:
+            self._observer.prefix_looked_up(sequence.num_tokens, sequence.num_computed_tokens)
+        if not sequence.has_started:
+            sequence.has_started = True
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        lacking = self._num_lacking_blocks(sequence, num_tokens)
+        if lacking > self.pool.num_free:
+            return False
+        sequence.block_table.extend(self.pool.allocate(lacking))
+        return True
+
+    def _num_lacking_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        wanted = -(-(sequence.num_computed_tokens + num_tokens) // self.pool.block_size)
+        return max(0, wanted - len(sequence.block_table))
+
+    def _preempt_last(self) -> Sequence:
+        sequence = self.running.pop()
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+        self._observer.sequence_preempted()
+        return sequence
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.forget_computed()
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.is_decoding
+
+
+def _prefills(sequence: Sequence) -> bool:
+    return not sequence.is_decoding
+
+
+def _chunk(sequence: Sequence, budget: int) -> int:
+    limit = min(budget, MAX_SCORED_TOKENS) if sequence.request.prompt_logprobs else budget
+    return min(sequence.num_uncomputed_tokens, limit)

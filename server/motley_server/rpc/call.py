@@ -1,0 +1,23 @@
+"""Who is calling, for the code of one RPC.
+
+grpc.aio gives a servicer no place of its own for what interceptors found out; it does run interceptors and handler of
+one RPC in one context, so a context variable carries it, seen by nobody else.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+from motley_server.asked import Caller
+
+_CALLER: ContextVar[Caller] = ContextVar("motley_caller")
+
+
+def set_caller(caller: Caller) -> None:
+    """Note who makes the RPC that runs in this context."""
+    _CALLER.set(caller)
+
+
+def current_caller() -> Caller:
+    """Return who makes this RPC."""
+    return _CALLER.get()

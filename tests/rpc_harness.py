@@ -1,0 +1,227 @@
+"""The server's shell over a scripted engine: real gRPC on a free port of loopback, no base and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2_grpc
+from motley_bases.spec import BaseSpec, GenerationDefaults, LayerSpec
+from motley_server.admission import Admission, AdmissionLimits
+from motley_server.asked import ChatTurn
+from motley_server.errors import FailedPreconditionError
+from motley_server.facts import ServerFacts
+from motley_server.metrics import Metrics
+from motley_server.registry.catalog import Catalog
+from motley_server.rpc.identity import identify_local
+from motley_server.rpc.server import Backend, RpcServer, RpcSettings
+from scripted_engine import ScriptedEngine
+
+VOCABULARY = 128
+BOS, EOS = 1, 2
+CONTEXT = 256
+MIB = 2**20
+
+
+def make_base(generation: GenerationDefaults | None = None) -> BaseSpec:
+    """Return the facts of a base that does not exist."""
+    return BaseSpec(
+        name="paper",
+        architecture="PaperForCausalLM",
+        fingerprint="sha256:" + "f" * 64,
+        dtype="float32",
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        context_length=CONTEXT,
+        layers=(LayerSpec(2, 1, 4, None),),
+        linears=MappingProxyType({}),
+        embedding_path="model.embed_tokens",
+        lm_head_path="lm_head",
+        other_modules=frozenset(),
+        generation=generation or GenerationDefaults(eos_token_ids=(EOS,)),
+        tied_embeddings=True,
+        has_chat_template=True,
+    )
+
+
+class LetterTokenizer:
+    """One token a character, its id the code point."""
+
+    def __init__(self, *, has_template: bool = True) -> None:
+        self.has_template = has_template
+        self.broken = False
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self.broken:
+            raise RuntimeError("secret of the house")
+        return [BOS] * add_special_tokens + [ord(letter) % VOCABULARY for letter in text]
+
+    def render_chat(self, turns: Sequence[ChatTurn]) -> str:
+        if not self.has_template:
+            raise FailedPreconditionError("no template", reason="NO_CHAT_TEMPLATE", field="prompt.chat")
+        return chr(BOS) + "".join(f"{turn.role}:{turn.content};" for turn in turns)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+class LeaseBook:
+    """Count leases; giving one back twice is an error, as with the real cache."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.nbytes = 4096
+
+    def acquire(self, digest: str) -> BookedLease:
+        self.held.append(digest)
+        return BookedLease(self, digest)
+
+
+class BookedLease:
+    """One lease of a LeaseBook."""
+
+    def __init__(self, book: LeaseBook, digest: str) -> None:
+        self._book, self._digest, self._is_released = book, digest, False
+
+    def release(self) -> None:
+        assert not self._is_released, "released twice"
+        self._is_released = True
+        self._book.held.remove(self._digest)
+
+
+def digest_of(letter: str) -> str:
+    """Return a digest that is easy to read."""
+    return "sha256:" + letter * 64
+
+
+def make_catalog() -> Catalog:
+    """Return: `zeta` twice, `alpha`, `twin` with alpha's digest, a public one, and one of another tenant."""
+    catalog = Catalog()
+    for owner, name, letter in (
+        ("local", "zeta", "1"), ("local", "zeta", "2"), ("local", "alpha", "9"), ("local", "twin", "9"),
+        ("public", "shared", "5"), ("other", "secret", "6"),
+    ):  # fmt: skip
+        catalog.add(owner, name, digest=digest_of(letter), kind="lora", trained_on="undeclared")
+    for index in range(9):
+        catalog.add("local", f"many{index}", digest=f"sha256:{index:064x}", kind="lora", trained_on="undeclared")
+    return catalog
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """A running server and ways to talk to it."""
+
+    engine: ScriptedEngine
+    tokenizer: LetterTokenizer
+    leases: LeaseBook
+    metrics: Metrics
+    admission: Admission
+    rpc: RpcServer
+    channel: grpc.aio.Channel
+    port: int
+
+    @property
+    def inference(self) -> inference_pb2_grpc.InferenceServiceAsyncStub:
+        return inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    @property
+    def server(self) -> server_pb2_grpc.ServerServiceAsyncStub:
+        return server_pb2_grpc.ServerServiceStub(self.channel)
+
+    def count(self, name: str, **labels: str) -> float:
+        """Return a sample of the metrics, 0 if it is not there."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@asynccontextmanager
+async def serving(
+    *, reader_queue_events: int = 1024, stall_seconds: float = 3.0, max_prompt_bytes: int = MIB, reflection: bool = True
+) -> AsyncIterator[Shell]:
+    """Serve a scripted engine and connect to it."""
+    engine = ScriptedEngine(reader_queue_events=reader_queue_events)
+    base, tokenizer, leases, catalog = make_base(), LetterTokenizer(), LeaseBook(), make_catalog()
+    metrics = Metrics("1.2.3", base)
+    metrics.follow(engine.stats, lambda: leases.nbytes)
+    limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
+    admission = Admission(engine, base, tokenizer, catalog, leases, limits, metrics)
+    facts = ServerFacts(
+        version="1.2.3", base=base, quantization="none", device="cpu", kernel="grouped", adapter_kinds=("lora",),
+        context_length=CONTEXT, max_message_bytes=16 * MIB, max_prompt_bytes=max_prompt_bytes, max_running=64,
+        max_waiting=256, adapter_cache_bytes=8192,
+    )  # fmt: skip
+    rpc = RpcServer(
+        Backend(engine, admission, catalog, leases, facts, metrics, identify_local),
+        RpcSettings(16 * MIB, stall_seconds, drain_seconds=5.0, reflection=reflection),
+    )
+    port = await rpc.start("127.0.0.1:0")
+    options = [("grpc.max_send_message_length", -1)]
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            yield Shell(engine, tokenizer, leases, metrics, admission, rpc, channel, port)
+    finally:
+        await rpc.stop(0)
+        engine.cancelled.extend(request.request_id for request in engine.submitted)
+        engine.may_step.set()
+        await engine.stop()
+        admission.close()
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something becomes true, for a few seconds at most."""
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What a failed call said."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    field: str
+    details: dict[str, Message]
+    request_id: str
+
+
+KINDS = ("ErrorInfo", "RequestInfo", "BadRequest", "ResourceInfo", "PreconditionFailure", "QuotaFailure", "RetryInfo")
+
+
+def read_refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    """Read a failed call's status and all its details."""
+    trailers = dict(error.trailing_metadata() or ())
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    assert status.code == error.code().value[0]
+    assert status.message == error.details()
+    details: dict[str, Message] = {}
+    for packed in status.details:
+        kind = packed.TypeName().rpartition(".")[2]
+        assert kind in KINDS
+        assert kind not in details
+        details[kind] = getattr(error_details_pb2, kind).FromString(packed.value)
+    info = details["ErrorInfo"]
+    assert isinstance(info, error_details_pb2.ErrorInfo)
+    assert info.domain == "motley.dev"
+    return Refusal(
+        error.code(),
+        status.message,
+        info.reason,
+        info.metadata.get("field", ""),
+        details,
+        str(trailers["x-request-id"]),
+    )
+
+
+def text_request(text: str = "hello", **sampling: object) -> inference_pb2.GenerateRequest:
+    """Make a request to continue a text."""
+    return inference_pb2.GenerateRequest(
+        prompt=inference_pb2.Prompt(text=text),
+        sampling=inference_pb2.SamplingParams(**sampling),  # type: ignore[arg-type]
+    )
