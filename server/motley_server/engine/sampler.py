@@ -93,8 +93,7 @@ def _chunks(indices: list[int], logits: Tensor) -> Iterator[list[int]]:
 
 
 def _select(logits: Tensor, indices: list[int]) -> Tensor:
-    if len(indices) == len(logits):
-        return logits
+    """Return some rows, named in rising order, without a copy where they lie together."""
     if indices[-1] - indices[0] == len(indices) - 1:
         return logits[indices[0] : indices[-1] + 1]
     return logits.index_select(0, torch.tensor(indices, device=logits.device))

@@ -1,0 +1,122 @@
+"""Files of an adapter's directory: regular, named, bounded; JSON strictly read.
+
+Nothing here follows a symbolic link, opens a file that was not asked for by its fixed name, or loads a pickle. It knows
+nothing of tensors or kinds. Any thread may run it; reading blocks, so the event loop's thread should not.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import NoReturn
+
+from motley_adapters.errors import AdapterFormatError
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "motley_manifest.json"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+MAX_JSON_BYTES = 1 << 20
+MAX_TENSOR_FILE_BYTES = 4 << 30
+
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not make us wait for a writer
+
+
+def has_file(directory: Path, name: str) -> bool:
+    """Tell whether a directory has an entry of this name, of whatever type."""
+    return os.path.lexists(directory / name)
+
+
+def read_file(directory: Path, name: str, max_bytes: int) -> bytearray:
+    """Read one regular file of a directory whole.
+
+    Raises: AdapterFormatError with reason MISSING_FILE, SYMLINK_REFUSED, NOT_A_REGULAR_FILE, FILE_TOO_LARGE or
+    UNREADABLE_FILE; the field is the file's name.
+    """
+    try:
+        with open(directory / name, "rb", opener=lambda path, _: os.open(path, _OPEN_FLAGS)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterFormatError(f"{name} is not a regular file", reason="NOT_A_REGULAR_FILE", field=name)
+            if status.st_size > max_bytes:
+                message = f"{name} has {status.st_size} bytes, at most {max_bytes} are read"
+                raise AdapterFormatError(message, reason="FILE_TOO_LARGE", field=name)
+            content = bytearray(status.st_size)
+            num_read = file.readinto(content)
+    except OSError as error:
+        raise _open_error(name, error) from None
+    if num_read != len(content):
+        raise AdapterFormatError(f"{name} changed while it was read", reason="UNREADABLE_FILE", field=name)
+    return content
+
+
+def _open_error(name: str, error: OSError) -> AdapterFormatError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return AdapterFormatError(f"there is no file {name}", reason="MISSING_FILE", field=name)
+    if error.errno == errno.ELOOP:
+        message = f"{name} is a symbolic link; put the file itself there"
+        return AdapterFormatError(message, reason="SYMLINK_REFUSED", field=name)
+    if error.errno == errno.EISDIR:
+        return AdapterFormatError(f"{name} is a directory", reason="NOT_A_REGULAR_FILE", field=name)
+    return AdapterFormatError(f"{name} cannot be read: {error.strerror}", reason="UNREADABLE_FILE", field=name)
+
+
+def read_tensor_file(directory: Path) -> bytearray:
+    """Read the safetensors file whole, and say so when only a pickle is there.
+
+    Raises: AdapterFormatError as `read_file` does, or with reason PICKLE_REFUSED and the pickle's name as the field.
+    """
+    if not has_file(directory, TENSOR_FILE):
+        for name in PICKLE_FILES:
+            if has_file(directory, name):
+                message = f"{name} is a pickle, which can run code when loaded; save the adapter as {TENSOR_FILE}"
+                raise AdapterFormatError(message, reason="PICKLE_REFUSED", field=name)
+    return read_file(directory, TENSOR_FILE, MAX_TENSOR_FILE_BYTES)
+
+
+def read_json_file(directory: Path, name: str) -> dict[str, object]:
+    """Read one JSON file that must hold an object.
+
+    Raises: AdapterFormatError as `read_file` and `parse_json_object` do.
+    """
+    return parse_json_object(bytes(read_file(directory, name, MAX_JSON_BYTES)), name)
+
+
+def parse_json_object(content: bytes, name: str) -> dict[str, object]:
+    """Parse UTF-8 JSON that must be an object.
+
+    Semantics: a key given twice is refused at any depth; NaN and Infinity, which Python would accept, are not JSON.
+    Raises: AdapterFormatError with reason BAD_JSON or DUPLICATE_KEY; the field is `name`, with the key for a duplicate.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            seen: set[str] = set()
+            key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            message = f"{name} gives the key {show(key)} twice"
+            raise AdapterFormatError(message, reason="DUPLICATE_KEY", field=f"{name.removesuffix('.json')}.{key}")
+        return fields
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except AdapterFormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{name} is not JSON: {error}", reason="BAD_JSON", field=name) from None
+    if not isinstance(value, dict):
+        raise AdapterFormatError(f"{name} does not hold a JSON object", reason="BAD_JSON", field=name)
+    return value
+
+
+def show(value: object) -> str:
+    """Quote a value from a file in a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -1,0 +1,89 @@
+"""Identities of adapters, of sets of them and of caches: content, never names.
+
+Two names for the same content share an identity, and one name whose content changes does not keep it, so no cache can
+answer with what another adapter, another base or another tenant left behind. Pure functions; any thread, but hashing an
+adapter's tensors takes time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Mapping
+
+import torch
+from motley_kernels.adapter_delta import DeltaUnit
+from torch import Tensor
+
+from motley_adapters.errors import AdapterSetError
+
+SetIdentity = tuple[tuple[str, float], ...]
+
+
+def adapter_digest(kind: str, units: Mapping[str, DeltaUnit]) -> str:
+    """Return "sha256:..." over what an adapter does, not over how it is written down.
+
+    Semantics: by module path in order: path, shapes, resolved scaling as a double, both factors as little-endian
+    float32. So file order, stored dtype where it is exact, the spelling of target_modules and patterns, and every
+    name and label are left out; everything that moves a logit is in. Fields are framed by their lengths, so that no
+    two contents share a stream of bytes.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, b"motley adapter 1")
+    _feed(digest, kind.encode())
+    for path in sorted(units):
+        unit = units[path]
+        _feed(digest, path.encode())
+        _feed(digest, struct.pack("<d", unit.scaling))
+        for factor in (unit.a, unit.b):
+            _feed(digest, struct.pack("<2q", *factor.shape))
+            _feed(digest, _float32_bytes(factor))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def set_identity(pairs: Iterable[tuple[str, float]]) -> SetIdentity:
+    """Return the canonical form of a weighted set of adapters.
+
+    Semantics: pairs are (digest, weight), sorted by digest, which also fixes the order of summation; a weight of 0 is
+    absence, so the empty set is the base alone.
+    Raises: AdapterSetError with reason DUPLICATE_ADAPTER or INVALID_WEIGHT.
+    """
+    weights: dict[str, float] = {}
+    for digest, weight in pairs:
+        if digest in weights:
+            message = f"{digest} is named twice; name it once with the sum of its weights"
+            raise AdapterSetError(message, reason="DUPLICATE_ADAPTER", field="adapters")
+        if not math.isfinite(weight):
+            raise AdapterSetError(f"the weight of {digest} is not finite", reason="INVALID_WEIGHT", field="adapters")
+        weights[digest] = float(weight)
+    return tuple((digest, weight) for digest, weight in sorted(weights.items()) if weight != 0)
+
+
+def cache_seed(identity: SetIdentity, base_fingerprint: str, tenant_salt: bytes) -> bytes:
+    """Return the first link of a chain of hashes over prompt blocks.
+
+    Semantics: what cached keys and values depend on besides the tokens goes in: the adapters and their weights,
+    because they change every key and value after the first layer; the base, and with it whatever changes its
+    numbers (the caller joins quantization and prune manifest to the fingerprint where there are any); the tenant,
+    because a hit that is faster than a miss would tell one tenant what another one asked. A cache that leaves one
+    of them out answers with somebody else's attention. `identity` must come from `set_identity`.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, b"motley cache 1")
+    _feed(digest, base_fingerprint.encode())
+    _feed(digest, tenant_salt)
+    for adapter, weight in identity:
+        _feed(digest, adapter.encode())
+        _feed(digest, struct.pack("<d", weight))
+    return digest.digest()
+
+
+def _feed(digest: hashlib._Hash, field: bytes | memoryview) -> None:
+    digest.update(struct.pack("<Q", len(field)))
+    digest.update(field)
+
+
+def _float32_bytes(tensor: Tensor) -> memoryview:
+    array = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
+    return array.data.cast("B")

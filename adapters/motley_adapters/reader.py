@@ -1,0 +1,54 @@
+"""The one door: a directory becomes an adapter that is sound and fits the base.
+
+Uploads, adapters named at start-up and what comes back from the blob store all pass here, so nothing is served that was
+checked less. It owns the order of the checks and the choice of the kind. Reads files and computes for a while; any
+thread but the event loop's and the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from motley_bases.spec import BaseSpec
+from motley_kernels.adapter_delta import DeltaUnit
+
+from motley_adapters.errors import AdapterFormatError
+from motley_adapters.formats import show
+from motley_adapters.identity import adapter_digest
+from motley_adapters.kinds import lora
+from motley_adapters.manifest import check_base, check_digest, read_manifest
+from motley_adapters.spec import Adapter, AdapterSpec, BaseTensor
+
+KindReader = Callable[[Path, BaseSpec, BaseTensor | None], Mapping[str, DeltaUnit]]
+
+KIND_READERS: Mapping[str, KindReader] = MappingProxyType({lora.KIND: lora.read_lora})
+
+
+def read_adapter(directory: Path, base: BaseSpec, *, base_tensor: BaseTensor | None = None) -> Adapter:
+    """Read an adapter's directory, check everything, and return it in host memory.
+
+    Semantics: `base_tensor` is asked for the weight of the embedding or of lm_head, and only when the files hold a
+    copy of one: equal, it is ignored; different, or with nothing to compare it to, the adapter is refused.
+    Raises: AdapterFormatError for what is wrong with the files; AdapterMismatchError for what does not fit this
+    base. Nothing else, whatever the files hold.
+    """
+    manifest = read_manifest(directory, default_kind=lora.KIND)
+    read_kind = KIND_READERS.get(manifest.kind)
+    if read_kind is None:
+        message = f"motley_manifest.kind is {show(manifest.kind)}; served kinds are {', '.join(KIND_READERS)}"
+        raise AdapterFormatError(message, reason="UNSUPPORTED_KIND", field="motley_manifest.kind")
+    check_base(manifest, base)
+    units = read_kind(directory, base, base_tensor)
+    digest = adapter_digest(manifest.kind, units)
+    check_digest(manifest, digest)
+    spec = AdapterSpec(
+        digest=digest,
+        kind=manifest.kind,
+        ranks={path: unit.rank for path, unit in units.items()},
+        scalings={path: unit.scaling for path, unit in units.items()},
+        trained_on=manifest.trained_on,
+        nbytes=sum(unit.nbytes for unit in units.values()),
+    )
+    return Adapter(spec, units)

@@ -1,0 +1,138 @@
+"""The safetensors format: header length, JSON header, tensors back to back.
+
+The header is checked here to the last byte before any tensor is made, more strictly than the format's own library does:
+no key twice, no zero-size tensor, no dtype that an adapter has no use for, no value that is not finite. Bytes come in,
+tensors go out; files and meanings are others' business. Any thread.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from motley_adapters.errors import AdapterFormatError
+from motley_adapters.formats import TENSOR_FILE, parse_json_object, show
+
+MAX_HEADER_BYTES = 4 << 20
+MAX_TENSORS = 16384
+MAX_NAME_CHARACTERS = 512
+MAX_DIMENSIONS = 8
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor as the header declares it; offsets are bytes after the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def parse_tensors(content: bytes | bytearray) -> dict[str, Tensor]:
+    """Turn the bytes of a safetensors file into tensors that own their memory.
+
+    Raises: AdapterFormatError as `parse_header` does, or with reason NON_FINITE and the tensor's name as the field.
+    """
+    entries, data_begin = parse_header(content)
+    view = memoryview(content)[data_begin:]
+    tensors = {}
+    for entry in entries:
+        # A copy of its own: aligned whatever the header's length, and the file's bytes need not outlive this call.
+        tensor = torch.frombuffer(bytearray(view[entry.begin : entry.end]), dtype=entry.dtype).reshape(entry.shape)
+        if not bool(torch.isfinite(tensor).all()):
+            message = f"{entry.name} holds NaN or infinity"
+            raise AdapterFormatError(message, reason="NON_FINITE", field=entry.name)
+        tensors[entry.name] = tensor
+    return tensors
+
+
+def parse_header(content: bytes | bytearray) -> tuple[tuple[TensorEntry, ...], int]:
+    """Check the header against the whole file.
+
+    Semantics: returns the entries in file order, and the offset of the first byte after the header.
+    Raises: AdapterFormatError; the field is a tensor's name, or the file's where no tensor is at fault.
+    """
+    length = _header_length(content)
+    raw = bytes(content[8 : 8 + length])
+    if not raw.startswith(b"{"):
+        _refuse("BAD_HEADER", "the header does not begin with a JSON object")
+    header = parse_json_object(raw, TENSOR_FILE)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse("BAD_HEADER", "__metadata__ is not a map of strings")
+    if len(header) > MAX_TENSORS:
+        _refuse("TOO_MANY_TENSORS", f"the header names {len(header)} tensors, at most {MAX_TENSORS} are read")
+    entries = sorted((_entry(name, value) for name, value in header.items()), key=lambda entry: entry.begin)
+    _check_coverage(entries, len(content) - 8 - length)
+    return tuple(entries), 8 + length
+
+
+def _header_length(content: bytes | bytearray) -> int:
+    if len(content) < 8:
+        _refuse("TRUNCATED", f"{len(content)} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", content[:8])
+    if length > MAX_HEADER_BYTES:
+        # Only here: 0x80 may also begin an honest length, such as 640.
+        if content.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
+            _refuse("PICKLE_REFUSED", "the file is a pickle under another name")
+        _refuse("HEADER_TOO_LARGE", f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
+    if length > len(content) - 8:
+        _refuse("TRUNCATED", f"the header claims {length} bytes, the file ends after {len(content) - 8}")
+    return int(length)
+
+
+def _entry(name: str, value: object) -> TensorEntry:
+    if len(name) > MAX_NAME_CHARACTERS:
+        _refuse("NAME_TOO_LONG", f"a tensor's name has {len(name)} characters, at most {MAX_NAME_CHARACTERS}")
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        _refuse("BAD_HEADER", f"{name} is not described by dtype, shape and data_offsets alone", name)
+    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        _refuse("BAD_DTYPE", f"{name} has dtype {show(value['dtype'])}; adapters are {', '.join(_DTYPES)}", name)
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        _refuse("BAD_SHAPE", f"{name} has shape {show(shape)}", name)
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _refuse("BAD_OFFSETS", f"{name} has data_offsets {show(offsets)}", name)
+    if 0 in shape:
+        _refuse("EMPTY_TENSOR", f"{name} has shape {show(shape)}: no values", name)
+    begin, end = offsets
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        message = f"{name} has shape {show(shape)} of {value['dtype']}, but data_offsets {show(offsets)}"
+        _refuse("SIZE_MISMATCH", message, name)
+    return TensorEntry(name, dtype, tuple(shape), begin, end)
+
+
+def _are_counts(value: object) -> bool:
+    # type() and not isinstance: true and false are ints to Python, not to the format
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_coverage(entries: Iterable[TensorEntry], num_bytes: int) -> None:
+    position = 0
+    for entry in entries:
+        if entry.begin < position:
+            _refuse("OVERLAP", f"{entry.name} begins at byte {entry.begin}, inside the tensor before it", entry.name)
+        if entry.begin > position:
+            _refuse("HOLE", f"bytes {position} to {entry.begin} before {entry.name} belong to no tensor", entry.name)
+        if entry.end > num_bytes:
+            _refuse("TRUNCATED", f"{entry.name} ends at byte {entry.end} of {num_bytes}", entry.name)
+        position = entry.end
+    if position != num_bytes:
+        _refuse("TRAILING_BYTES", f"{num_bytes - position} bytes after the last tensor belong to no tensor")
+
+
+def _refuse(reason: str, message: str, field: str = TENSOR_FILE) -> NoReturn:
+    raise AdapterFormatError(f"{TENSOR_FILE}: {message}", reason=reason, field=field)
