@@ -62,6 +62,7 @@ class App:
     config: ServerConfig
     port: int
     engine: EngineFront
+    adapters: AdapterCache
     rpc: RpcServer
     metrics: Metrics
     endpoint: HttpEndpoint | None
@@ -106,7 +107,7 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     rpc = RpcServer(backend, _rpc_settings(config))
     resources.push_async_callback(rpc.stop, STOP_GRACE_SECONDS)
     port = await rpc.start(str(config.listen))
-    return App(config, port, engine, rpc, metrics, endpoint, resources.pop_all())
+    return App(config, port, engine, adapters, rpc, metrics, endpoint, resources.pop_all())
 
 
 async def run(config: ServerConfig) -> int:
