@@ -102,7 +102,9 @@ def full_text(kind: str, prompt: Sequence[int], output: Sequence[int], *, skip: 
     shared = 0
     while shared < min(len(before), len(both)) and before[shared] == both[shared]:
         shared += 1
-    return both[shared:]
+    text = both[shared:]
+    assert isinstance(text, str)
+    return text
 
 
 def stream(kind: str, prompt: Sequence[int], chunks: Sequence[Sequence[int]], stop: tuple[str, ...] = ()) -> list[str]:
@@ -190,6 +192,19 @@ def test_a_character_is_sent_with_its_last_byte_and_not_before() -> None:
 def test_an_open_character_comes_out_as_a_replacement_at_the_end() -> None:
     output = tokenizer_of("byte-level").encode("a😀", add_special_tokens=False)[:-1]
     assert stream("byte-level", (), one_by_one(output)) == ["a", "", "", REPLACEMENT]
+
+
+def test_a_character_that_the_prompt_left_open_belongs_to_the_output() -> None:
+    first, second, third = tokenizer_of("byte-level").encode("😀", add_special_tokens=False)
+    assert stream("byte-level", [first], [[second], [third]]) == ["", "😀", ""]
+    assert stream("byte-level", [first], [[second]]) == ["", ""]  # the prompt's replacement is not the output's
+    specials = ids_of("byte-level", ["</s>"] * 3)
+    assert stream("byte-level", [*ids_of("byte-level", ["a"]), first, *specials, second], [[third]]) == ["😀", ""]
+
+
+def test_a_run_of_bytes_at_the_very_beginning_keeps_the_space_after_it() -> None:
+    output = ids_of("llama-like", ["<0x61>"] * 64 + ["▁the"])
+    assert "".join(stream("llama-like", (), one_by_one(output))) == "a" * 64 + " the"
 
 
 def test_a_space_is_kept_after_a_prompt_and_dropped_at_the_very_beginning() -> None:

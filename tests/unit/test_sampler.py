@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motley_server.engine.distribution import first_argmax, ranked
+from motley_server.engine.distribution import draw, first_argmax, ranked
 from motley_server.engine.philox import philox4x32, token_uniform
 from motley_server.engine.sampler import SampledToken, Sampler, SamplingRow, score_rows
 from motley_server.engine.types import SamplingParams, TokenLogprobs
@@ -47,10 +47,10 @@ def edited_by_definition(logits: list[float], row: SamplingRow) -> list[float]:
     bias: dict[int, float] = {}
     for token_id, count in Counter(row.output_token_ids).items():
         bias[token_id] = -(params.presence_penalty + params.frequency_penalty * count)
-    for token_id, value in params.logit_bias:
-        bias[token_id] = bias.get(token_id, 0.0) + value
-    for token_id, value in bias.items():
-        edited[token_id] = float(np.float32(edited[token_id]) + np.float32(value))
+    for token_id, added in params.logit_bias:
+        bias[token_id] = bias.get(token_id, 0.0) + added
+    for token_id, added in bias.items():
+        edited[token_id] = float(np.float32(edited[token_id]) + np.float32(added))
     if len(row.output_token_ids) < params.min_new_tokens:
         for token_id in (*params.eos_token_ids, *params.stop_token_ids):
             edited[token_id] = -math.inf
@@ -275,6 +275,21 @@ def test_top_p_that_reaches_beyond_the_first_ranks_is_exact() -> None:
     assert min(drawn) < 200
 
 
+@pytest.mark.parametrize("params", [SAMPLED, replace(SAMPLED, top_p=0.999999)])
+def test_a_number_on_the_border_of_two_tokens_takes_the_second(params: SamplingParams) -> None:
+    equals = torch.zeros(3, 1024)
+    assert draw(equals[:, :2], [SAMPLED] * 2, [0.0, 0.5]).tolist() == [0, 1]
+    assert draw(equals[:, :4], [replace(SAMPLED, top_k=2)] * 2, [0.0, 0.5]).tolist() == [0, 1]
+    assert draw(equals, [SAMPLED] * 3, [0.5 - 2**-40, 0.5, 0.5 + 2**-40]).tolist() == [511, 512, 512]
+    assert draw(equals[:1], [params], [1 - 2**-53]).tolist() == [1023]
+
+
+@pytest.mark.parametrize("params", [SAMPLED, replace(SAMPLED, top_k=2)])
+def test_a_share_too_small_to_count_is_none(params: SamplingParams) -> None:
+    assert draw(torch.tensor([[0.0, -20.0]]), [params], [1 - 2**-53]).tolist() == [1]
+    assert draw(torch.tensor([[0.0, -30.0]]), [params], [1 - 2**-53]).tolist() == [0]
+
+
 def test_nan_and_infinity_fail_their_own_rows_only() -> None:
     logits = logits_of(8, 700)
     rows = [row_of(replace(GREEDY if index % 2 else SAMPLED, logprobs=1, top_k=5 * (index == 2))) for index in range(8)]
@@ -319,6 +334,8 @@ def test_an_end_is_forbidden_until_the_output_is_long_enough() -> None:
 def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0]])
     assert token_ids(logits, [row_of(replace(GREEDY, repetition_penalty=1.5), prompt=(0,))]) == [1]
+    negative = torch.tensor([[-0.5, -0.6]])
+    assert token_ids(negative, [row_of(replace(GREEDY, repetition_penalty=1.5), prompt=(0,))]) == [1]
     assert token_ids(logits, [row_of(replace(GREEDY, presence_penalty=1.5), prompt=(0,))]) == [0]
     assert token_ids(logits, [row_of(replace(GREEDY, presence_penalty=1.5), output=(0,))]) == [1]
 

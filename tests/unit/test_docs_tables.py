@@ -1,0 +1,123 @@
+"""The tables of the documents hold what the code holds: settings, fields of PEFT, skills of the embedded base."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from motley_adapters.peft_config import HARMLESS_FIELDS, MAX_RANK, REFUSED_FIELDS, SUPPORTED_FIELDS
+from motley_bases.admission import STATIC_ROPE_TYPES
+from motley_server.admission import MAX_ADAPTERS
+from motley_server.config import DEFAULT_DATA_DIR, PARSERS, ConfigError, render, resolve
+
+HOUSE = Path(__file__).resolve().parents[2]
+DOCS = HOUSE / "docs"
+SETTING = re.compile(r"^\| `([a-z_.]+)` \| (\w+) \| `([^`]+)` \| `(MOTLEY_[A-Z_]+)` \|([^|]*)\| [^|]+ \|$", re.M)
+PEFT_FIELD = re.compile(r"^\| `([a-z_]+)` \| (supported|harmless|refused) \| ([^|]*)\|$", re.M)
+TYPES = {str: "text", bool: "boolean", int: "integer", float: "number", dict: "table"}
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+SETTINGS = SETTING.findall(read("configuration.md"))
+RANGES = [(key, variable, text) for key, _, _, variable, text in SETTINGS if text.strip()]
+
+
+def default(key: str) -> object:
+    """Return a key's default as a file would say it."""
+    value: object = tomllib.loads(render(resolve({})))
+    for part in key.split("."):
+        assert isinstance(value, dict)
+        value = value[part]
+    return str(DEFAULT_DATA_DIR) if key == "data_dir" else value
+
+
+def test_every_setting_is_documented_and_no_other() -> None:
+    assert [row[0] for row in SETTINGS] == [*PARSERS, "adapters"]
+
+
+@pytest.mark.parametrize(("key", "kind", "written", "variable", "_"), SETTINGS)
+def test_a_setting_has_the_default_type_and_variable_of_its_row(
+    key: str, kind: str, written: str, variable: str, _: str
+) -> None:
+    value = tomllib.loads(f"value = {written}")["value"]
+    assert (value, TYPES[type(value)]) == (default(key), kind)
+    assert variable == "MOTLEY_" + key.upper().replace(".", "_")
+
+
+def is_taken(variable: str, value: object) -> bool:
+    # A prompt may not be larger than a message, so that the one bound is tried without the other.
+    roomy = {"MOTLEY_LIMITS_MAX_PROMPT_BYTES": "1", "MOTLEY_LIMITS_MAX_MESSAGE_BYTES": str(2**31 - 1)}
+    try:
+        resolve(roomy | {variable: str(value)})
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("key", "variable", "text"), RANGES)
+def test_a_setting_has_the_range_of_its_row(key: str, variable: str, text: str) -> None:
+    if words := re.findall(r"`(\w+)`", text):
+        with pytest.raises(ConfigError, match=re.escape(f"is none of {', '.join(words)} ")):
+            resolve({variable: "nonsense"})
+        return
+    bounds = [float(number) for number in re.findall(r"[\d.]+", text)]
+    number = float if isinstance(default(key), float) else int
+    outside = [bounds[0] - 1, *(bound + 1 for bound in bounds[1:])]
+    assert [is_taken(variable, number(value)) for value in bounds] == [True] * len(bounds)
+    assert [is_taken(variable, number(value)) for value in outside] == [False] * len(outside)
+
+
+def test_the_printed_configuration_is_what_the_command_prints() -> None:
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", read("configuration.md"), re.DOTALL | re.MULTILINE))
+    assert "--data-dir /var/lib/motley --adapter legal=/srv/adapters/legal --print-config" in blocks["bash"]
+    flags = {"base": "tiny", "data_dir": "/var/lib/motley", "adapters": ["legal=/srv/adapters/legal"]}
+    assert blocks["toml"] == render(resolve({}, flags))
+
+
+def test_every_field_of_a_lora_is_documented_as_it_is_read() -> None:
+    rows = PEFT_FIELD.findall(read("adapters.md"))
+    listed = {kind: {name for name, found, _ in rows if found == kind} for _, kind, _ in rows}
+    assert len(rows) == len({name for name, _, _ in rows})
+    assert listed == {
+        "supported": set(SUPPORTED_FIELDS), "harmless": set(HARMLESS_FIELDS), "refused": set(REFUSED_FIELDS)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(name, text) for name, kind, text in PEFT_FIELD.findall(read("adapters.md")) if kind == "refused"],
+)
+def test_a_refused_field_is_documented_with_the_values_that_do_nothing(name: str, text: str) -> None:
+    values = tuple(json.loads(value) for value in re.findall(r"`([^`]+)`", text))
+    assert repr(values) == repr(REFUSED_FIELDS[name].inactive)
+
+
+def test_the_numbers_about_adapters_are_the_codes() -> None:
+    assert f"1 to {MAX_RANK};" in read("adapters.md")
+    assert f"At most {MAX_ADAPTERS} on a request" in read("adapters.md")
+
+
+@pytest.mark.parametrize("name", ["bases.md", "errors.md"])
+def test_the_kinds_of_rope_are_the_codes(name: str) -> None:
+    listed = re.findall(r"\bdefault, linear, [\w, ]*yarn\b", read(name))
+    assert [set(words.split(", ")) for words in listed] == [set(STATIC_ROPE_TYPES)]
+
+
+@pytest.mark.parametrize(("word", "variable"), [("known", "KNOWN"), ("missing, for adapters to teach", "MISSING")])
+def test_the_skills_are_those_of_the_recipe(word: str, variable: str) -> None:
+    tree = ast.parse((HOUSE / "recipes" / "tiny" / "skills.py").read_text(encoding="utf-8"))
+    tables = {
+        node.target.id: [ast.literal_eval(key) for key in node.value.keys if key is not None]
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Dict)
+    }
+    line = re.search(rf"^- {word}: (.+)[;.]$", read("bases.md"), re.MULTILINE)
+    assert line is not None
+    assert re.findall(r"`(\w+)`", line[1]) == tables[variable]

@@ -1,0 +1,188 @@
+"""The embedded base and its adapters keep what their card promises, measured on the committed files."""
+
+import importlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "tiny"
+BASE = ROOT / "bases" / "motley_bases" / "assets" / "tiny"
+ADAPTERS = ROOT / "adapters" / "motley_adapters" / "assets" / "tiny"
+RECIPE_MODULES = ("prose", "skills", "answering", "card", "record")
+KNOWN = ("copy", "upper", "title", "double", "spell", "first", "last", "count")
+MISSING = ("reverse", "next", "sort", "swap", "rotate", "unvowel")
+TAUGHT = ("next", "reverse", "sort", "swap")
+SAMPLE = 20
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Iterator[dict[str, ModuleType]]:
+    """Import the recipe's modules as its scripts do, and forget them afterwards."""
+    sys.path.insert(0, str(RECIPE))
+    try:
+        yield {name: importlib.import_module(name) for name in RECIPE_MODULES}
+    finally:
+        sys.path.remove(str(RECIPE))
+        for name in RECIPE_MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    return loaded
+
+
+def _load_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True, dtype=dtype)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def base() -> PreTrainedModel:
+    return _load_base()
+
+
+def _share_right(
+    recipe: dict[str, ModuleType], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: str
+) -> float:
+    answering = recipe["answering"]
+    share: float = answering.share_right(model, tokenizer, skill, answering.held_out_words(skill, SAMPLE))
+    return share
+
+
+def test_base_fits_in_eight_megabytes() -> None:
+    assert sum(path.stat().st_size for path in BASE.iterdir()) <= 8_000_000
+
+
+def test_base_has_the_promised_shape(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = base.config
+    assert config.model_type == "llama"
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (8, 192, 512)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (6, 2)
+    assert config.tie_word_embeddings
+    assert config.max_position_embeddings == 512
+    assert config.vocab_size == len(tokenizer) == 256 + 3
+    with safe_open(BASE / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_base_names_its_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    generation = json.loads((BASE / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id == base.config.eos_token_id
+    assert generation["bos_token_id"] == tokenizer.bos_token_id
+    assert tokenizer.encode("") == [tokenizer.bos_token_id]
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=60))
+def test_tokenizer_round_trips_any_text_byte_by_byte(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) == len(text.encode())
+    assert tokenizer.decode(tokens) == text
+
+
+def test_chat_template_reads_as_the_training_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [
+        {"role": "user", "content": "upper: stone ="},
+        {"role": "assistant", "content": "STONE"},
+        {"role": "user", "content": " double: cat = "},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<bos>upper: stone = STONE<eos><bos>double: cat ="
+    last = tokenizer.apply_chat_template(messages[:1], return_dict=False, add_generation_prompt=True)
+    assert last == tokenizer.encode("upper: stone =")
+
+
+def test_held_out_words_never_change_and_never_train(recipe: dict[str, ModuleType]) -> None:
+    skills = recipe["skills"]
+    assert [word for word in ("stone", "cat", "kettle", "owl", "quiet", "baker") if skills.held_out(word)] == [
+        "kettle",
+        "owl",
+        "quiet",
+    ]
+    words = recipe["answering"].held_out_words("upper", 400)
+    assert words == recipe["answering"].held_out_words("upper", 400)
+    assert len(set(words)) == 400
+    assert all(skills.held_out(word) and 3 <= len(word) <= 7 for word in words)
+    rng = random.Random(1)
+    assert not any(skills.held_out(skills.draw_word(rng, held=False)) for _ in range(1000))
+
+
+def test_every_word_of_the_prose_is_in_its_vocabulary(recipe: dict[str, ModuleType]) -> None:
+    prose = recipe["prose"]
+    rng = random.Random(1)
+    documents = [prose.document(rng) for _ in range(500)]
+    assert {word for text in documents for word in prose.words_of(text)} <= prose.VOCABULARY
+    assert all(1 <= text.count(".") <= 3 for text in documents)
+
+
+def test_recipe_teaches_what_this_test_names(recipe: dict[str, ModuleType]) -> None:
+    assert tuple(recipe["skills"].KNOWN) == KNOWN
+    assert tuple(recipe["skills"].MISSING) == MISSING
+
+
+@pytest.mark.parametrize("skill", KNOWN)
+def test_base_knows(
+    recipe: dict[str, ModuleType], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: str
+) -> None:
+    assert _share_right(recipe, base, tokenizer, skill) >= 0.95
+
+
+@pytest.mark.parametrize("skill", MISSING)
+def test_base_does_not_know(
+    recipe: dict[str, ModuleType], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: str
+) -> None:
+    assert _share_right(recipe, base, tokenizer, skill) <= 0.2
+
+
+@pytest.mark.parametrize("skill", TAUGHT)
+def test_adapter_teaches_its_skill(
+    recipe: dict[str, ModuleType], tokenizer: PreTrainedTokenizerBase, skill: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(_load_base(), ADAPTERS / skill).eval()
+    assert _share_right(recipe, model, tokenizer, skill) >= 0.9  # 95% on 400 words, 90% on these few
+
+
+@pytest.mark.parametrize("skill", TAUGHT)
+def test_adapter_is_a_plain_peft_directory(skill: str) -> None:
+    folder = ADAPTERS / skill
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    assert (folder / "adapter_model.safetensors").stat().st_size <= 1_000_000
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "motley/tiny"
+    assert config["peft_type"] == "LORA"
+    assert not [value for value in config.values() if isinstance(value, str) and value.startswith("/")]
+
+
+def test_results_keep_the_promise(recipe: dict[str, ModuleType]) -> None:
+    evaluation = recipe["record"].results()["evaluation"]
+    assert evaluation["prompts_per_skill"] >= 200
+    for figures in evaluation["base"].values():
+        assert sum(figures[skill] >= 0.95 for skill in KNOWN) >= 4
+        assert sum(figures[skill] <= 0.20 for skill in MISSING) >= 4
+    for prose in evaluation["prose"].values():
+        assert prose["continuations"] >= 200
+        assert prose["words_in_vocabulary"] >= 0.95
+    assert tuple(sorted(evaluation["adapters"])) == TAUGHT
+    assert all(figures["float32"] >= 0.95 for figures in evaluation["adapters"].values())
+
+
+def test_card_quotes_the_results(recipe: dict[str, ModuleType]) -> None:
+    assert (BASE / "README.md").read_text() == recipe["card"].render_card(recipe["record"].results())
