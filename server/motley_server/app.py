@@ -124,6 +124,9 @@ async def run(config: ServerConfig) -> int:
     print(f"ready on {Address(config.listen.host, app.port)}", flush=True)
     await app.rpc.lifecycle.wait_drained()
     await app.stop()
+    for number in (signal.SIGTERM, signal.SIGINT):  # all is done: an impatient second signal must not make it a failure
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 

@@ -270,6 +270,8 @@ def _check(config: ServerConfig) -> ServerConfig:
         )
     if config.limits.max_prompt_bytes > config.limits.max_message_bytes:
         raise ConfigError("limits.max_prompt_bytes", "a prompt larger than limits.max_message_bytes could never arrive")
+    if config.engine.token_budget < config.engine.max_running:
+        raise ConfigError("engine.token_budget", "a forward pass must have room for a token of all engine.max_running")
     return config
 
 

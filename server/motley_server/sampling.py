@@ -113,7 +113,7 @@ def _first(asked: V | None, stored: V | None, otherwise: V) -> V:
 
 def _max_new_tokens(asked: AskedSampling, facts: SamplingFacts, num_free_tokens: int) -> int:
     if asked.max_new_tokens is None:
-        return min(facts.default_max_new_tokens, num_free_tokens)
+        return min(facts.defaults.max_new_tokens or facts.default_max_new_tokens, num_free_tokens)
     if asked.max_new_tokens > num_free_tokens:
         message = f"{asked.max_new_tokens} new tokens do not fit: the prompt leaves {num_free_tokens} of the context"
         raise InvalidArgumentError(message, reason="CONTEXT_EXCEEDED", field="sampling.max_new_tokens")

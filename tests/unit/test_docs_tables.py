@@ -52,8 +52,13 @@ def test_a_setting_has_the_default_type_and_variable_of_its_row(
 
 
 def is_taken(variable: str, value: object) -> bool:
-    # A prompt may not be larger than a message, so that the one bound is tried without the other.
-    roomy = {"MOTLEY_LIMITS_MAX_PROMPT_BYTES": "1", "MOTLEY_LIMITS_MAX_MESSAGE_BYTES": str(2**31 - 1)}
+    # A prompt may not be larger than a message, nor a batch than its budget: each bound is tried without the other.
+    roomy = {
+        "MOTLEY_LIMITS_MAX_PROMPT_BYTES": "1",
+        "MOTLEY_LIMITS_MAX_MESSAGE_BYTES": str(2**31 - 1),
+        "MOTLEY_ENGINE_MAX_RUNNING": "1",
+        "MOTLEY_ENGINE_TOKEN_BUDGET": str(2**20),
+    }
     try:
         resolve(roomy | {variable: str(value)})
     except ConfigError:

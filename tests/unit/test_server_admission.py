@@ -92,6 +92,13 @@ def test_unset_fields_take_the_checkpoints_defaults_first() -> None:
     assert filled.repetition_penalty == 1.1
 
 
+def test_the_checkpoints_length_comes_before_the_servers() -> None:
+    stored = dataclasses.replace(FACTS, defaults=dataclasses.replace(FACTS.defaults, max_new_tokens=9))
+    assert fill_sampling(AskedSampling(), stored, num_free_tokens=50).max_new_tokens == 9
+    assert fill_sampling(AskedSampling(), stored, num_free_tokens=4).max_new_tokens == 4
+    assert fill_sampling(AskedSampling(max_new_tokens=11), stored, num_free_tokens=50).max_new_tokens == 11
+
+
 def test_set_fields_win_even_when_they_are_zero() -> None:
     asked = AskedSampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=0)
     filled = fill_sampling(asked, SAMPLING_CHECKPOINT, num_free_tokens=50)

@@ -86,6 +86,7 @@ BAD_FILES = {
     "[limits]\ndrain_seconds = nan": ("limits.drain_seconds", "not a finite number"),
     "[limits]\ndrain_seconds = -1": ("limits.drain_seconds", "not within"),
     "[limits]\nmax_message_bytes = 2000": ("limits.max_prompt_bytes", "could never arrive"),
+    "[engine]\ntoken_budget = 63": ("engine.token_budget", "room for a token of all"),
     'adapters = "x=/y"': ("adapters", "not a table"),
     '[adapters]\nBad = "/y"': ("adapters.Bad", "no adapter name"),
     "[adapters]\nx = 3": ("adapters.x", "3 is not a text"),

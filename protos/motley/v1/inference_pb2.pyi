@@ -138,7 +138,7 @@ class SamplingParams(google.protobuf.message.Message):
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     max_new_tokens: builtins.int
-    """At least 1; prompt and answer together must fit the context. Unset: what the server's configuration says, cut to the context."""
+    """At least 1; prompt and answer together must fit the context. Unset: what the checkpoint or else the server's configuration says, cut to the context."""
     temperature: builtins.float
     """0 is greedy; at most 100. Default 1 with a generation_config that samples, otherwise 0."""
     top_p: builtins.float

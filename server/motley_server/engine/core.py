@@ -10,7 +10,7 @@ import time
 
 import torch
 from motley_adapters.cache import AdapterCache
-from motley_adapters.identity import cache_seed
+from motley_adapters.identity import cache_seed, set_identity
 from motley_bases.base import Base
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class EngineCore:
 
     def add(self, request: GenerateRequest, arrival: float) -> None:
         """Take a request in hand; it waits until a step has room for it."""
-        identity = tuple((adapter.digest, adapter.weight) for adapter in request.adapters)
+        identity = set_identity((adapter.digest, adapter.weight) for adapter in request.adapters)
         seed = cache_seed(identity, self._base.spec.fingerprint, request.tenant_id.encode())
         state = RequestState(request, arrival, seed, self._make_detokenizer, self._observer)
         self._requests[request.request_id] = state
