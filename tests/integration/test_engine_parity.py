@@ -84,7 +84,8 @@ def test_each_adapter_answers_as_peft_does_alone_and_mixed(architecture: str, tm
     }
     roomy = make_harness(directory)
     harness = make_harness(directory, paths, base=roomy.base, **cramped_settings(roomy))
-    prompts = draw_prompts(harness.base.spec.vocab_size, seed=1)[3:9]
+    drawn = draw_prompts(harness.base.spec.vocab_size, seed=1)
+    prompts = [drawn[index] for index in (4, 8, 3, 5, 6, 7)]  # the first two begin alike
     plain = generate(directory, prompts, max_new_tokens=6)
     expected = {name: generate(directory, prompts, path, max_new_tokens=6) for name, path in paths.items()}
     for name, answers in expected.items():
