@@ -126,3 +126,20 @@ def test_the_skills_are_those_of_the_recipe(word: str, variable: str) -> None:
     line = re.search(rf"^- {word}: (.+)[;.]$", read("bases.md"), re.MULTILINE)
     assert line is not None
     assert re.findall(r"`(\w+)`", line[1]) == tables[variable]
+
+
+def test_the_measured_ratios_are_those_of_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "serving_cpu.json").read_text())["contenders"]
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| ([\d.]+) \|$", (root / "README.md").read_text(), re.MULTILINE)
+    names = ["no adapters", "staggered", "1 distinct", "4 distinct", "16 distinct"]
+    peers = ["transformers", "transformers", "peft", "peft", "peft"]
+    expected = [
+        (
+            f"{found[f'{peer}, {name}']['tokens_per_second']:.0f}",
+            f"{found[f'motley, {name}']['tokens_per_second']:.0f}",
+            f"{found[f'motley, {name}']['over_peer']:.2f}",
+        )
+        for peer, name in zip(peers, names, strict=True)
+    ]
+    assert [row[1:] for row in rows] == expected
