@@ -86,7 +86,7 @@ def _faults(config: PreTrainedConfig) -> Iterator[tuple[str, str, str]]:
     yield from _attention_faults(config)
     for settings in rope_parameters(config):
         rope_type = settings.get("rope_type", settings.get("type", "default"))
-        if rope_type not in STATIC_ROPE_TYPES:
+        if not isinstance(rope_type, str) or rope_type not in STATIC_ROPE_TYPES:
             sentence = f"its {rope_type} RoPE depends on the length of the longest neighbour in the batch"
             if rope_type not in ("dynamic", "longrope"):
                 sentence = f"its {rope_type} RoPE is not known to be independent of the neighbours in the batch"

@@ -41,6 +41,12 @@ def read_config(directory: Path) -> Mapping[str, object]:
     return _read_object(directory / "config.json", "NO_CONFIG")
 
 
+def read_generation_config(directory: Path) -> Mapping[str, object] | None:
+    """Read generation_config.json as it is stored; None if the checkpoint has none."""
+    path = directory / "generation_config.json"
+    return _read_object(path, "NO_CONFIG") if path.exists() else None
+
+
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files that hold the weights, sorted by name.
 

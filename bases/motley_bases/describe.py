@@ -6,26 +6,34 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from motley_bases.admission import rope_parameters
 from motley_bases.errors import UnsupportedBaseError
+from motley_bases.generation import StoredGeneration, generation_defaults
 from motley_bases.probe import ProbeReport
-from motley_bases.spec import BaseSpec, GenerationDefaults
+from motley_bases.spec import BaseSpec
 
 
 def describe(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: ProbeReport, *, name: str, fingerprint: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: ProbeReport,
+    stored: StoredGeneration,
+    *,
+    name: str,
+    fingerprint: str,
 ) -> BaseSpec:
     """Collect the facts of one base.
 
     Semantics: a Linear that the probe did not see called once on every row counts among `other_modules`, since an
     adapter on it would not be served right.
-    Raises: UnsupportedBaseError if the embedding or lm_head is not what adapters and sampling expect.
+    Raises: UnsupportedBaseError if the embedding or lm_head is not what adapters and sampling expect, or an
+    end-of-sequence id is outside the vocabulary.
     """
     embedding, lm_head = model.get_input_embeddings(), cast(Any, model).get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -53,7 +61,7 @@ def describe(
         embedding_path=embedding_path,
         lm_head_path=lm_head_path,
         other_modules=_other_modules(model, {*linears, embedding_path}),
-        generation=generation_defaults(model.generation_config, _fallback_eos(model.config, tokenizer)),
+        generation=generation_defaults(stored, model.config, tokenizer, embedding.num_embeddings),
         tied_embeddings=lm_head.weight is embedding.weight,
         has_chat_template=bool(tokenizer.chat_template),
     )
@@ -79,44 +87,6 @@ def context_length(config: PreTrainedConfig) -> int:
         if settings.get("rope_type") == "yarn" and isinstance(original, int) and isinstance(factor, int | float):
             lengths.append(int(original * factor))
     return max(lengths)
-
-
-def generation_defaults(config: GenerationConfig | None, fallback_eos: Iterable[int]) -> GenerationDefaults:
-    """Read a generation_config as transformers' own generate would follow it.
-
-    Semantics: without do_sample, generate is greedy whatever temperature is stored, hence 0; with it, an unstored
-    temperature means 1. The other fields are kept where stored, for requests that do sample.
-    """
-    if config is None:
-        return GenerationDefaults(eos_token_ids=tuple(fallback_eos))
-    stored_eos = config.eos_token_id
-    eos = tuple(fallback_eos) if stored_eos is None else _as_ids(stored_eos)
-    temperature = None
-    if config.do_sample:
-        temperature = 1.0 if config.temperature is None else float(config.temperature)
-    elif config.do_sample is False or config.temperature is not None:
-        temperature = 0.0
-    return GenerationDefaults(
-        eos_token_ids=eos,
-        temperature=temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        max_new_tokens=config.max_new_tokens,
-    )
-
-
-def _fallback_eos(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the end-of-sequence ids for a checkpoint whose generation_config names none."""
-    for stored in (getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
-        if stored is not None:
-            return _as_ids(stored)
-    return ()
-
-
-def _as_ids(stored: int | Iterable[int]) -> tuple[int, ...]:
-    return (stored,) if isinstance(stored, int) else tuple(dict.fromkeys(stored))
 
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str:

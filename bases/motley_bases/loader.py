@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,6 +30,7 @@ from motley_bases.checkpoint import read_config, resolve_base, weight_files
 from motley_bases.describe import describe
 from motley_bases.errors import UnreadableBaseError, UnsupportedBaseError
 from motley_bases.fingerprint import fingerprint, stored_dtypes
+from motley_bases.generation import read_generation
 from motley_bases.linear import attach
 from motley_bases.probe import probe
 
@@ -53,13 +53,14 @@ def load_base(directory: Path, *, dtype: str, device: torch.device, cache_direct
     check_stored_config(read_config(directory))
     config = _read_parsed_config(directory)
     check_config(config)
+    stored_generation = read_generation(directory)
     digest = fingerprint(directory, cache_directory=cache_directory)
     tokenizer = _load_tokenizer(directory)
     model = _load_model(directory, choose_dtype(dtype, directory, config, device))
     nn.Module.to(model, device).train(False).requires_grad_(False)
     register_attention()
     report = probe(model)
-    spec = describe(model, tokenizer, report, name=directory.name, fingerprint=digest)
+    spec = describe(model, tokenizer, report, stored_generation, name=directory.name, fingerprint=digest)
     return Base(spec, model, tokenizer, attach(model, spec))
 
 
@@ -92,22 +93,21 @@ def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: 
 
 
 def _read_parsed_config(directory: Path) -> PreTrainedConfig:
-    try:
+    with _refusing(f"{directory / 'config.json'} is refused by transformers", "BROKEN_CONFIG"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int | None):  # the one number the checks need whose type transformers leaves open
         raise UnreadableBaseError(
-            f"{directory / 'config.json'} is refused by transformers: {error}", reason="BROKEN_CONFIG"
-        ) from error
+            f"{directory / 'config.json'} has sliding_window {window!r}, not a whole number",
+            reason="BROKEN_CONFIG",
+            field="sliding_window",
+        )
     return cast(PreTrainedConfig, config)
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    try:
+    with _refusing(f"the tokenizer in {directory} cannot be read", "BROKEN_TOKENIZER"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UnreadableBaseError(
-            f"the tokenizer in {directory} cannot be read: {error}", reason="BROKEN_TOKENIZER"
-        ) from error
     if not tokenizer.is_fast:
         raise UnreadableBaseError(f"the tokenizer in {directory} is not a fast one", reason="NO_TOKENIZER")
     return cast(PreTrainedTokenizerBase, tokenizer)
@@ -115,7 +115,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Read the weights, and insist that they are exactly the model's."""
-    with _without_progress_bars():
+    with _without_progress_bars(), _refusing(f"{directory} cannot be built into a model", "MODEL_CONSTRUCTION"):
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             directory,
             dtype=dtype,
@@ -135,6 +135,18 @@ def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
                 field=kind,
             )
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _refusing(what: str, reason: str) -> Iterator[None]:
+    """Turn whatever a library raises over a checkpoint's files into a refusal that quotes it on one line."""
+    try:
+        yield
+    # What a wrong value makes foreign code trip over is of no fixed type: KeyError, ZeroDivisionError, AssertionError
+    # and plain Exception all occur.
+    except Exception as error:
+        quoted = " ".join(str(error).split())
+        raise UnreadableBaseError(f"{what}: {type(error).__name__}: {quoted}", reason=reason) from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from architectures import build_model
 from motley_bases.attention import register_attention
 from motley_bases.describe import describe
 from motley_bases.errors import UnknownSiteError, UnsupportedBaseError
+from motley_bases.generation import StoredGeneration
 from motley_bases.linear import AdapterEmbedding, AdapterLinear, DeltaBinding, DeltaSites, attach
 from motley_bases.probe import probe
 from motley_bases.spec import BaseSpec
@@ -30,7 +31,9 @@ class NoTokenizer(PreTrainedTokenizerBase):
 def described(name: str) -> tuple[PreTrainedModel, BaseSpec]:
     register_attention()
     model = build_model(name, vocab_size=40)
-    return model, describe(model, NoTokenizer(), probe(model), name=name, fingerprint="sha256:0")
+    return model, describe(
+        model, NoTokenizer(), probe(model), StoredGeneration({}, ""), name=name, fingerprint="sha256:0"
+    )
 
 
 def unit(base: BaseSpec, path: str, rank: int = 2) -> DeltaUnit:
@@ -67,7 +70,7 @@ def test_a_linear_that_does_not_see_every_token_is_no_site_but_is_known() -> Non
     register_attention()
     model = build_model("llama", vocab_size=40)
     model.get_submodule("model").unused = nn.Linear(64, 64)
-    spec = describe(model, NoTokenizer(), probe(model), name="llama", fingerprint="sha256:0")
+    spec = describe(model, NoTokenizer(), probe(model), StoredGeneration({}, ""), name="llama", fingerprint="sha256:0")
     assert "model.unused" in spec.other_modules
     assert "model.unused" not in spec.linears
     assert "model.unused" not in attach(model, spec).tables

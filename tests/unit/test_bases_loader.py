@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,14 +91,54 @@ def test_a_config_that_is_not_an_object_is_unreadable(content: str, llama: Path)
     assert resolve_refusal(llama).reason == "BROKEN_JSON"
 
 
-def test_a_config_that_transformers_refuses_is_unreadable(llama: Path) -> None:
-    edit_json(llama / "config.json", hidden_size="wide")
-    assert load_refusal(llama).reason == "BROKEN_CONFIG"
+@pytest.mark.parametrize(
+    ("reason", "fields", "words"),
+    [
+        ("BROKEN_CONFIG", {"hidden_size": "wide"}, "wide"),
+        ("BROKEN_CONFIG", {"dtype": "float33"}, "float33"),
+        ("BROKEN_CONFIG", {"id2label": 3}, "items"),
+        ("BROKEN_CONFIG", {"sliding_window": "x"}, "sliding_window"),
+        ("MODEL_CONSTRUCTION", {"hidden_act": "swoosh"}, "KeyError: 'swoosh'"),
+        ("MODEL_CONSTRUCTION", {"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ("MODEL_CONSTRUCTION", {"pad_token_id": 100_000}, "Padding_idx"),
+        ("MODEL_CONSTRUCTION", {"hidden_size": -64}, "negative dimension"),
+        ("MODEL_CONSTRUCTION", {"base_model_tp_plan": 3}, "not iterable"),
+        ("MODEL_CONSTRUCTION", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "TypeError"),
+    ],
+)
+def test_a_config_that_transformers_trips_over_is_refused_in_its_words(
+    reason: str, fields: dict[str, Any], words: str, llama: Path
+) -> None:
+    edit_json(llama / "config.json", **fields)
+    error = load_refusal(llama)
+    assert error.reason == reason
+    assert str(llama) in error.message
+    assert words in error.message
+    assert "\n" not in error.message
+    assert (error.__cause__ is None) == (error.field is not None), "the library's error is not chained"
 
 
-def test_a_tokenizer_that_is_broken_is_unreadable(llama: Path) -> None:
-    (llama / "tokenizer.json").write_text("{}", encoding="utf-8")
-    assert load_refusal(llama).reason == "BROKEN_TOKENIZER"
+def test_a_rope_type_that_is_no_name_is_refused(llama: Path) -> None:
+    edit_json(llama / "config.json", rope_parameters={"rope_type": ["linear"]})
+    with pytest.raises(UnsupportedBaseError) as caught:
+        load_base(llama, dtype="float32", device=CPU)
+    assert caught.value.reason == "ROPE_TYPE"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe"])
+def test_a_tokenizer_that_is_broken_is_unreadable(name: str, content: bytes, llama: Path) -> None:
+    (llama / name).write_bytes(content)
+    error = load_refusal(llama)
+    assert error.reason == "BROKEN_TOKENIZER"
+    assert str(llama) in error.message
+    assert error.__cause__ is not None
+
+
+def test_a_tokenizer_without_a_model_is_unreadable(llama: Path) -> None:
+    for content in ("{}", '{"added_tokens": [], "model": {"type": "swoosh"}}'):
+        (llama / "tokenizer.json").write_text(content, encoding="utf-8")
+        assert load_refusal(llama).reason == "BROKEN_TOKENIZER"
 
 
 def outside(index: dict[str, str]) -> None:
@@ -139,10 +180,33 @@ def test_a_sharded_checkpoint_loads_the_same_weights(tmp_path: Path, llama: Path
         assert torch.equal(left, right), name
 
 
-def test_truncated_weights_are_unreadable(llama: Path) -> None:
+def cut_short(content: bytes) -> bytes:
+    return content[:-100]
+
+
+def cut_in_the_header(content: bytes) -> bytes:
+    return content[:50]
+
+
+def nothing(content: bytes) -> bytes:
+    return b""
+
+
+def bad_text(content: bytes) -> bytes:
+    return content[:20] + b"\xff" + content[21:]
+
+
+def bad_length(content: bytes) -> bytes:
+    return b"\xff" * 8 + content[8:]
+
+
+@pytest.mark.parametrize("damage", [cut_short, cut_in_the_header, nothing, bad_text, bad_length])
+def test_damaged_weights_are_unreadable(damage: Callable[[bytes], bytes], llama: Path) -> None:
     path = llama / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert load_refusal(llama).reason == "BROKEN_WEIGHTS"
+    path.write_bytes(damage(path.read_bytes()))
+    error = load_refusal(llama)
+    assert error.reason == "BROKEN_WEIGHTS"
+    assert str(path) in error.message
 
 
 @pytest.mark.parametrize("kind", ["missing_keys", "unexpected_keys", "mismatched_keys"])

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, EOS_ID, build_checkpoint, edit_json, make_tokenizer
-from motley_bases.describe import context_length, generation_defaults
+from motley_bases.describe import context_length
 from motley_bases.errors import UnsupportedBaseError
 from motley_bases.fingerprint import fingerprint
 from motley_bases.loader import load_base
 from motley_bases.spec import BaseSpec, GenerationDefaults
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 CPU = torch.device("cpu")
 LLAMA_LINEARS = {
@@ -132,11 +132,6 @@ def test_eos_ids_fall_back_to_the_config_and_then_the_tokenizer(tmp_path: Path) 
     (directory / "generation_config.json").unlink()
     edit_json(directory / "config.json", eos_token_id=5)
     assert spec_of(directory).generation.eos_token_ids == (5,)
-
-
-def test_no_generation_config_leaves_everything_open() -> None:
-    assert generation_defaults(None, [3]) == GenerationDefaults((3,))
-    assert generation_defaults(GenerationConfig(eos_token_id=None), [3]) == GenerationDefaults((3,))
 
 
 @pytest.mark.parametrize(
