@@ -101,7 +101,7 @@ class Harness:
         answers: dict[str, Answer] = {}
         for request in requests:
             answers[request.request_id] = Answer()
-            self.core.add(request, time.monotonic())
+            assert self.core.add(request, time.monotonic()) is None
         step = 0
         while self.core.has_work:
             if before_step is not None:

@@ -141,7 +141,12 @@ class Shell:
 
 @asynccontextmanager
 async def serving(
-    *, reader_queue_events: int = 1024, stall_seconds: float = 3.0, max_prompt_bytes: int = MIB, reflection: bool = True
+    *,
+    reader_queue_events: int = 1024,
+    stall_seconds: float = 3.0,
+    max_prompt_bytes: int = MIB,
+    max_message_bytes: int = 16 * MIB,
+    reflection: bool = True,
 ) -> AsyncIterator[Shell]:
     """Serve a scripted engine and connect to it."""
     engine = ScriptedEngine(reader_queue_events=reader_queue_events)
@@ -152,12 +157,12 @@ async def serving(
     admission = Admission(engine, base, tokenizer, catalog, leases, limits, metrics)
     facts = ServerFacts(
         version="1.2.3", base=base, quantization="none", device="cpu", kernel="grouped", adapter_kinds=("lora",),
-        context_length=CONTEXT, max_message_bytes=16 * MIB, max_prompt_bytes=max_prompt_bytes, max_running=64,
+        context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
         max_waiting=256, adapter_cache_bytes=8192,
     )  # fmt: skip
     rpc = RpcServer(
         Backend(engine, admission, catalog, leases, facts, metrics, identify_local),
-        RpcSettings(16 * MIB, stall_seconds, drain_seconds=5.0, reflection=reflection),
+        RpcSettings(max_message_bytes, stall_seconds, drain_seconds=5.0, reflection=reflection),
     )
     port = await rpc.start("127.0.0.1:0")
     options = [("grpc.max_send_message_length", -1)]

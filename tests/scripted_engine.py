@@ -93,6 +93,18 @@ class ScriptedEngine:
         await self.stop()
         return DrainReport(len(present) - len(left), len(left))
 
+    @property
+    def has_ended(self) -> bool:
+        return self._is_draining and not self._tasks
+
+    async def wait_ended(self) -> None:
+        while not self.has_ended:
+            await asyncio.sleep(0.01)
+
+    def hurry(self) -> None:
+        self.cancelled.extend(self._streams)
+        self.may_step.set()
+
     async def stop(self) -> None:
         self._is_draining = True
         if self._tasks:

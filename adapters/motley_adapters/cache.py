@@ -96,8 +96,9 @@ class AdapterCache:
             return Lease(self, entry.adapter)
 
     def remove(self, digest: str) -> None:
-        """Let go of an adapter that nobody leases; its bytes are free when this returns.
+        """Let go of an adapter that nobody leases.
 
+        Effects: its bytes are free when this returns, except where a model still has its units bound to its Linears.
         Raises: UnknownAdapterError with reason ADAPTER_NOT_HELD; LeaseError with reason ADAPTER_LEASED.
         """
         with self._lock:

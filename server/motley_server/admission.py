@@ -8,10 +8,9 @@ thread.
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,7 +40,10 @@ from motley_server.sampling import SamplingFacts, check_token_id, fill_sampling
 from motley_server.tokenizer import Tokenizer, TokenizerThread
 
 MAX_ADAPTERS = 8
+MAX_ADAPTER_WEIGHT = 100.0
 MAX_CONTINUATIONS = 64
+MAX_CHAT_TURNS = 4096
+TURN_CHARACTERS = 64  # what rendering a turn costs beside its text, in characters of it
 
 
 class AdapterLease(Protocol):
@@ -72,6 +74,11 @@ class AdmissionLimits:
     context_length: int  # tokens of prompt and answer together
     max_prompt_bytes: int
     default_max_new_tokens: int
+
+    @property
+    def max_detokenized(self) -> int:
+        """Return how many ids become text at once: those of the longest text, where every byte may be a token."""
+        return max(self.context_length, self.max_prompt_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ class Admission:
         Raises: InvalidArgumentError, NotFoundError, FailedPreconditionError, ResourceExhaustedError,
         DeadlineExceededError, UnavailableError.
         """
-        try:
+        with self.counting_refusals():
             self._check_open(caller)
             if asked.is_constrained:
                 message = "structured output is not built in this version"
@@ -124,9 +131,6 @@ class Admission:
             )
             adapters = self._resolve(asked.adapters, caller)
             return self._submit(self._request(caller, ids, sampling, adapters))
-        except MotleyError:
-            self._observer.request_refused()
-            raise
 
     async def score(self, asked: AskedScoring, caller: Caller) -> list[Admitted]:
         """Admit the scoring of each continuation, as a request of its own: all of them or none.
@@ -173,8 +177,12 @@ class Admission:
             return await self._encode(text, add_special_tokens=True)
         if isinstance(prompt, ChatPrompt):
             self._check_not_empty(prompt.turns)
-            self._check_bytes([part for turn in prompt.turns for part in (turn.role, turn.content)], "prompt")
-            size = sum(len(turn.content) for turn in prompt.turns)
+            if len(prompt.turns) > MAX_CHAT_TURNS:
+                message = f"{len(prompt.turns)} turns; {MAX_CHAT_TURNS} are allowed"
+                raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="prompt.chat.messages")
+            parts = [part for turn in prompt.turns for part in (turn.role, turn.content)]
+            self._check_bytes(parts, "prompt")
+            size = sum(map(len, parts)) + TURN_CHARACTERS * len(prompt.turns)
             rendered = await self._tokenizer_thread.run(size, lambda: self._tokenizer.render_chat(prompt.turns))
             self._check_not_empty(rendered)
             return await self._encode(rendered, add_special_tokens=False)
@@ -185,14 +193,19 @@ class Admission:
 
         Raises: InvalidArgumentError for an id outside the vocabulary.
         """
-        self.check_token_ids(ids, "ids")
-        return await self._tokenizer_thread.run(len(ids), lambda: self._tokenizer.decode(ids))
+
+        def check_and_decode() -> str:
+            self.check_token_ids(ids, "ids")
+            return self._tokenizer.decode(ids)
+
+        return await self._tokenizer_thread.run(len(ids), check_and_decode)
 
     def check_token_ids(self, ids: Sequence[int], field: str) -> None:
         """Refuse ids that the base does not have."""
-        if ids and not 0 <= min(ids) <= max(ids) < self._base.vocab_size:
-            for index, token_id in enumerate(ids):
-                check_token_id(token_id, f"{field}[{index}]", self._base.vocab_size)
+        vocab_size = self._base.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            index = next(index for index, token_id in enumerate(ids) if not 0 <= token_id < vocab_size)
+            check_token_id(ids[index], f"{field}[{index}]", vocab_size)
 
     def check_open(self) -> None:
         """Refuse everybody while the server is being emptied.
@@ -201,6 +214,15 @@ class Admission:
         """
         if self._engine.is_draining:
             raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Count a typed error as a request that never reached the engine."""
+        try:
+            yield
+        except MotleyError:
+            self._observer.request_refused()
+            raise
 
     def close(self) -> None:
         """End the tokenizer's thread."""
@@ -250,8 +272,9 @@ class Admission:
         for index, one in enumerate(asked):
             field = f"adapters[{index}]"
             weight = 1.0 if one.weight is None else one.weight
-            if not math.isfinite(weight):
-                raise InvalidArgumentError(f"{weight} is not finite", reason="OUT_OF_RANGE", field=f"{field}.weight")
+            if not abs(weight) <= MAX_ADAPTER_WEIGHT:  # NaN is not either
+                message = f"{weight} is not within -{MAX_ADAPTER_WEIGHT:g} and {MAX_ADAPTER_WEIGHT:g}"
+                raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field=f"{field}.weight")
             found = self._catalog.resolve(caller.tenant_id, one.name, field=f"{field}.name")
             if weight == 0:
                 continue

@@ -115,19 +115,24 @@ async def run(config: ServerConfig) -> int:
     app = await build(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, app.rpc.lifecycle.begin_drain)
+        loop.add_signal_handler(number, app.rpc.lifecycle.interrupt)
     log.info("a caller without a key is tenant %r with every role; there are no keys in this version", LOCAL_TENANT)
     if not config.listen.is_loopback:
         log.warning("insecure: anybody who reaches %s is served, without encryption", config.listen)
     if app.endpoint is not None and config.metrics is not None:
         log.info("metrics at http://%s/metrics", Address(config.metrics.host, app.endpoint.port))
     print(f"ready on {Address(config.listen.host, app.port)}", flush=True)
-    await app.rpc.lifecycle.wait_drained()
+    drained = asyncio.ensure_future(app.rpc.lifecycle.wait_drained())
+    died = asyncio.ensure_future(app.engine.wait_ended())
+    await asyncio.wait({drained, died}, return_when=asyncio.FIRST_COMPLETED)
+    is_clean = drained.done()
+    for waiting in (drained, died):
+        waiting.cancel()
     await app.stop()
     for number in (signal.SIGTERM, signal.SIGINT):  # all is done: an impatient second signal must not make it a failure
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
-    return 0
+    return 0 if is_clean and app.engine.has_ended else 1
 
 
 @contextlib.contextmanager

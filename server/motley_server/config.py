@@ -38,6 +38,7 @@ DEFAULT_METRICS = Address("127.0.0.1", 8471)
 DEFAULT_DATA_DIR = Path("~/.local/share/motley")
 ENVIRONMENT_PREFIX = "MOTLEY_"
 CONFIG_FILE_VARIABLE = "MOTLEY_CONFIG"
+SECTIONS = ("engine", "limits")
 # The client's own, and what Kubernetes puts into every container beside a Service called `motley`.
 FOREIGN_VARIABLES = re.compile(r"MOTLEY_(SERVER|KEY|CONFIG|PORT|PORT_\d+_.+|SERVICE_(HOST|PORT)(_.+)?)")
 
@@ -179,7 +180,8 @@ def _from_file(file: Path | None) -> Iterator[Setting]:
 
 def _flatten(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in table.items():
-        if isinstance(value, dict) and prefix + key != "adapters":
+        # An empty table below any other name is a value that no key takes, or a name that does not exist.
+        if isinstance(value, dict) and prefix + key != "adapters" and (value or prefix + key in SECTIONS):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -203,12 +205,13 @@ def _variable(key: str) -> str:
 
 def _from_flags(flags: Mapping[str, object]) -> Iterator[Setting]:
     for key, value in flags.items():
-        yield key, value, Origin(f"--{key.replace('_', '-')}", is_text=True, directory=Path.cwd())
+        name = "adapter" if key == "adapters" else key.replace("_", "-")  # that flag gives one at a time
+        yield key, value, Origin(f"--{name}", is_text=True, directory=Path.cwd())
 
 
 def _parse(key: str, value: object, origin: Origin) -> object:
     if key not in PARSERS:
-        raise _unknown(key, [*PARSERS, "adapters"])
+        raise _unknown(key, [*PARSERS, "adapters", *(SECTIONS if value == {} else ())])
     try:
         return PARSERS[key](value, origin)
     except ValueError as error:

@@ -32,6 +32,13 @@ class Lifecycle:
             self._task = asyncio.get_running_loop().create_task(self._drain(timeout))
         return self._task
 
+    def interrupt(self) -> None:
+        """Begin to drain at the first signal, and at a second one wait no longer."""
+        if self._task is None:
+            self.begin_drain()
+        else:
+            self._engine.hurry()
+
     async def drain(self, timeout_seconds: float | None = None) -> DrainReport:
         """Drain and return how the running requests ended; a caller that gives up does not stop it."""
         return await asyncio.shield(self.begin_drain(timeout_seconds))

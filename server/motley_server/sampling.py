@@ -6,10 +6,10 @@ that is silent the proto's default. Pure functions; any thread.
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from motley_bases.spec import GenerationDefaults
@@ -20,9 +20,10 @@ from motley_server.errors import InvalidArgumentError
 
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_LOGIT_BIAS = 100.0
 MAX_CANDIDATES = 16
-MAX_STOP_STRINGS = 16
+MAX_ITEMS: Mapping[str, int] = MappingProxyType({"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024})
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
 
@@ -82,12 +83,18 @@ def _check_ranges(asked: AskedSampling) -> None:
         _check(
             name, getattr(asked, name), lambda v: abs(v) <= MAX_PENALTY, f"within -{MAX_PENALTY:g} and {MAX_PENALTY:g}"
         )
-    _check("repetition_penalty", asked.repetition_penalty, lambda v: 0 < v < math.inf, "above 0 and finite")
+    _check(
+        "repetition_penalty",
+        asked.repetition_penalty,
+        lambda v: MIN_REPETITION_PENALTY <= v <= MAX_REPETITION_PENALTY,
+        f"within {MIN_REPETITION_PENALTY:g} and {MAX_REPETITION_PENALTY:g}",
+    )
     _check("n", asked.n, lambda v: 1 <= v <= MAX_CANDIDATES, f"within 1 and {MAX_CANDIDATES}")
     _check("min_new_tokens", asked.min_new_tokens, lambda v: v >= 0, "at least 0")
     _check("logprobs", asked.logprobs, lambda v: 0 <= v <= MAX_LOGPROBS, f"within 0 and {MAX_LOGPROBS}")
-    if len(asked.stop) > MAX_STOP_STRINGS:
-        raise _out_of_range("stop", f"{len(asked.stop)} stop strings; {MAX_STOP_STRINGS} are allowed")
+    for name, maximum in MAX_ITEMS.items():
+        if len(getattr(asked, name)) > maximum:
+            raise _out_of_range(name, f"{len(getattr(asked, name))} items; {maximum} are allowed")
     for index, text in enumerate(asked.stop):
         _check(
             f"stop[{index}]",

@@ -169,3 +169,16 @@ def wait_for_server(environment: Mapping[str, str]) -> None:
     while not (pids.exists() and pids.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_real_demo_keeps_every_promise_and_leaves_nothing_running(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch"), "COLUMNS": "120"}
+    status, output, errors = run_demo(environment)
+    assert (status, errors) == (0, "")
+    assert "not as promised" not in output
+    for name, answer in {"reverse": "retniw", "next": "xjoufs", "sort": "einrtw", "swap": "rintew"}.items():
+        assert any(f"{name}@1" in line and answer in line for line in output.splitlines())
+    assert list((tmp_path / "scratch").glob("motley-demo-*")) == []
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(str(tmp_path).encode() in command for command in commands)

@@ -17,6 +17,7 @@ from motley_server.engine.types import FinishReason, GenerateRequest
 from motley_server.errors import CancelledRequestError, DeadlineExceededError, InternalError
 from peft_adapters import generate, make_adapter
 
+GONE = CancelledRequestError("the caller is gone", reason="CANCELLED")
 NAMES = tuple(f"adapter{index}" for index in range(16))
 
 
@@ -49,7 +50,7 @@ def test_sixteen_adapters_share_every_forward_pass(harness: Harness) -> None:
     calls: dict[str, int] = {}
     hooks = []
     for path in harness.base.spec.linears:
-        module = harness.base.model.get_submodule(path)
+        module = harness.base.model.get_submodule(path).base  # the Linear itself, inside its adapter site
         hooks.append(module.register_forward_hook(lambda *_, path=path: calls.update({path: calls.get(path, 0) + 1})))
     before = harness.core.runner.num_forward_passes
     requests = [
@@ -199,7 +200,7 @@ def test_a_cancelled_request_gives_its_blocks_back_at_once(harness: Harness) -> 
 
     def cancel_in_the_middle(step: int) -> None:
         if step == 3:
-            event = harness.core.cancel("gone")
+            event = harness.core.cancel("gone", GONE)
             assert event is not None
             cancelled.append(event.error)
             harness.core.check_integrity()
@@ -208,10 +209,10 @@ def test_a_cancelled_request_gives_its_blocks_back_at_once(harness: Harness) -> 
         harness.request(name, prompt_of(9, 1), max_new_tokens=10, stop_token_ids=()) for name in ("stays", "gone")
     ]
     answers = harness.run(requests, before_step=cancel_in_the_middle)
-    assert isinstance(cancelled[0], CancelledRequestError)
+    assert cancelled == [GONE]
     assert len(answers["gone"].token_ids[0]) == 3
     assert len(answers["stays"].token_ids[0]) == 10
-    assert harness.core.cancel("gone") is None
+    assert harness.core.cancel("gone", GONE) is None
     assert harness.observer.requests[-2].outcome == "cancelled"
 
 
@@ -251,3 +252,28 @@ def test_a_checkpoint_s_every_eos_id_stops_and_min_new_tokens_holds_them_off(har
     held = harness.run([harness.request("held", prompt, max_new_tokens=12, stop_token_ids=(stop,), min_new_tokens=12)])
     assert len(held["held"].token_ids[0]) == 12
     assert stop not in held["held"].token_ids[0][:11]
+
+
+def test_a_request_that_breaks_its_own_text_or_its_own_start_fails_alone(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_detokenizer = harness.core._make_detokenizer
+
+    class Broken:
+        def append(self, token_ids: object) -> None:
+            raise RuntimeError("planted")
+
+    def make(request: GenerateRequest) -> object:
+        if request.request_id == "unbegun":
+            raise RuntimeError("planted")
+        return Broken() if request.request_id == "unlucky" else make_detokenizer(request)
+
+    monkeypatch.setattr(harness.core, "_make_detokenizer", make)
+    event = harness.core.add(harness.request("unbegun", prompt_of(5, 1)), time.monotonic())
+    assert event is not None
+    assert isinstance(event.error, InternalError)
+    requests = [harness.request(name, prompt_of(5, 1), NAMES[0], max_new_tokens=4) for name in ("unlucky", "lucky")]
+    answers = harness.run(requests)
+    assert isinstance(answers["unlucky"].error, InternalError)
+    assert "planted" not in answers["unlucky"].error.message
+    assert len(answers["lucky"].token_ids[0]) == 4

@@ -131,6 +131,6 @@ def test_adapters_on_embedding_and_lm_head_answer_as_peft_does(tmp_path: Path) -
         answers = harness.run(requests)
         plain = generate(directory, prompts, max_new_tokens=6)
         expected = generate(directory, prompts, path, max_new_tokens=6)
-        assert expected != plain
+        assert [tokens for tokens, _ in expected] != [tokens for tokens, _ in plain], "the adapter moves nothing"
         assert_answers(answers, plain, "base/")
         assert_answers(answers, expected, "ends/")

@@ -75,8 +75,10 @@ def test_a_cancelled_stream_gives_back_its_blocks_and_leases(tmp_path: Path, ada
             call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request)
             await call.read()
             assert app.engine.stats().num_used_blocks > 0
+            assert app.adapters.num_leases == 1
             call.cancel()
             await eventually(lambda: app.engine.stats().num_used_blocks == 0)
+            await eventually(lambda: app.adapters.num_leases == 0)
             cancelled = {"outcome": "cancelled"}
             assert app.metrics.registry.get_sample_value("motley_requests_total", cancelled) == 1
             report = await app.rpc.lifecycle.drain(0.0)

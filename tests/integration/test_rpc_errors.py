@@ -115,6 +115,11 @@ BAD_REQUESTS: dict[str, tuple[inference_pb2.GenerateRequest, Code, str, str]] = 
     "empty name": (under(""), Code.INVALID_ARGUMENT, "INVALID_ADAPTER_NAME", "adapters[0].name"),
     "NaN weight": (under(("alpha", math.nan)), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[0].weight"),
     "infinite weight": (under(("alpha", math.inf)), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[0].weight"),
+    "weight 1e308": (under(("alpha", 1e308)), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[0].weight"),
+    "weight -100.5": (under(("alpha", -100.5)), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[0].weight"),
+    "repetition_penalty 1e-38": (
+        text_request(repetition_penalty=1e-38), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "sampling.repetition_penalty",
+    ),
     "one adapter twice": (under("alpha", "twin"), Code.INVALID_ARGUMENT, "DUPLICATE_ADAPTER", "adapters[1].name"),
     "nine adapters": (
         under(*[f"many{index}" for index in range(9)]), Code.INVALID_ARGUMENT, "TOO_MANY_ADAPTERS", "adapters",

@@ -215,6 +215,42 @@ def test_every_series_equals_the_truth_of_a_driven_load(tmp_path: Path) -> None:
             assert seen["motley_requests_running"] == seen["motley_requests_waiting"] == 0
             assert seen["motley_kv_cache_usage_ratio"] == 0
             assert seen["motley_preemptions_total"] == 0
+            assert seen["motley_prefix_cache_queries_total"] == seen["motley_prompt_tokens_total"]
+            method = "/motley.v1.InferenceService/Generate"
+            assert seen[f"motley_grpc_server_handled_total[OK][{method}]"] == len(answers)
+            assert seen[f"motley_grpc_server_handled_total[NOT_FOUND][{method}]"] == 2
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_end_otherwise_are_counted_as_what_they_were(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = EngineConfig(max_running=4, kv_cache_bytes=2**19, block_size=4)
+        async with serving(tmp_path, engine=engine) as server:
+            client = server.client
+            before = server.metrics()
+            await asyncio.gather(
+                *(client.generate(f"the old {word}", max_new_tokens=80, ignore_eos=True) for word in WORDS[:4])
+            )
+            await client.score("upper: stone =", [" STONE", " stone"])
+            with pytest.raises(MotleyClientError):
+                await client.generate("the old", max_new_tokens=100, ignore_eos=True, timeout=0.05)
+            async with aclosing(client.stream("the old", max_new_tokens=100, ignore_eos=True)) as stream:
+                async for _ in stream:
+                    break
+            await server.settle()
+            seen = server.metrics()
+            outcomes = ("length", "score", "deadline", "cancelled", "stop", "rejected", "error")
+            counted = {
+                one: seen[f"motley_requests_total[{one}]"] - before[f"motley_requests_total[{one}]"] for one in outcomes
+            }
+            late = counted["deadline"] + counted["cancelled"]
+            assert late == 2, "the deadline is told by the engine or by the caller's going, whichever is first"
+            assert counted["cancelled"] >= 1
+            assert (counted["length"], counted["score"]) == (4, 2)
+            assert counted["stop"] == counted["rejected"] == counted["error"] == 0
+            assert seen["motley_e2e_request_latency_seconds_count"] == 8
+            assert seen["motley_preemptions_total"] > 0
 
     asyncio.run(scenario())
 

@@ -26,7 +26,7 @@ START_SECONDS = 120
 # Commands that no test of this file runs, and why that is enough. `make TARGET` is checked to be a target.
 ACCOUNTED = {
     "make install": "this very environment",
-    "make demo": "tests/integration runs `motley demo`, the target's one line",
+    "make demo": "tests/integration/test_cli_demo.py runs `motley demo`, the target's one line",
     "make serve": "`motley serve` is the server of this file",
     "make check": ".ci/run",
     "make test": "this very run",

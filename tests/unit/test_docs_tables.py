@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from motley_adapters.peft_config import HARMLESS_FIELDS, MAX_RANK, REFUSED_FIELDS, SUPPORTED_FIELDS
 from motley_bases.admission import STATIC_ROPE_TYPES
-from motley_server.admission import MAX_ADAPTERS
+from motley_server.admission import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 from motley_server.config import DEFAULT_DATA_DIR, PARSERS, ConfigError, render, resolve
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -106,6 +106,7 @@ def test_a_refused_field_is_documented_with_the_values_that_do_nothing(name: str
 
 def test_the_numbers_about_adapters_are_the_codes() -> None:
     assert f"1 to {MAX_RANK};" in read("adapters.md")
+    assert f"a number from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g};" in read("adapters.md")
     assert f"At most {MAX_ADAPTERS} on a request" in read("adapters.md")
 
 

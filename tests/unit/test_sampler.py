@@ -7,122 +7,35 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motley_server.engine.distribution import draw, first_argmax, ranked
 from motley_server.engine.philox import philox4x32, token_uniform
-from motley_server.engine.sampler import SampledToken, Sampler, SamplingRow, score_rows
-from motley_server.engine.types import SamplingParams, TokenLogprobs
+from motley_server.engine.sampler import SampledToken, Sampler, score_rows
+from motley_server.engine.types import SamplingParams
 from motley_server.errors import InternalError
+from sampler_definition import (
+    GREEDY,
+    SAMPLED,
+    Candidate,
+    assert_close,
+    logits_of,
+    logprobs_by_definition,
+    params_strategy,
+    row_of,
+    token_by_definition,
+    token_ids,
+)
 from torch import Tensor
 
-GREEDY = SamplingParams(max_new_tokens=8)
-SAMPLED = replace(GREEDY, temperature=1.0, seed=7)
-
-
-def row_of(
-    params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = (), candidate: int = 0
-) -> SamplingRow:
-    return SamplingRow(params, candidate, prompt, output)
-
-
-def logits_of(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> Tensor:
-    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def token_ids(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    tokens = Sampler().sample(logits, rows)
-    assert [token.error for token in tokens] == [None] * len(rows)
-    return [token.token_id for token in tokens]
-
-
-def edited_by_definition(logits: list[float], row: SamplingRow) -> list[float]:
-    params, edited = row.params, list(logits)
-    for token_id in {*row.prompt_token_ids, *row.output_token_ids}:
-        value, penalty = np.float32(edited[token_id]), np.float32(params.repetition_penalty)
-        edited[token_id] = float(value * penalty if value < 0 else value / penalty)
-    bias: dict[int, float] = {}
-    for token_id, count in Counter(row.output_token_ids).items():
-        bias[token_id] = -(params.presence_penalty + params.frequency_penalty * count)
-    for token_id, added in params.logit_bias:
-        bias[token_id] = bias.get(token_id, 0.0) + added
-    for token_id, added in bias.items():
-        edited[token_id] = float(np.float32(edited[token_id]) + np.float32(added))
-    if len(row.output_token_ids) < params.min_new_tokens:
-        for token_id in (*params.eos_token_ids, *params.stop_token_ids):
-            edited[token_id] = -math.inf
-    return edited
-
-
-def token_by_definition(logits: list[float], row: SamplingRow) -> int:
-    """Sort everything, keep what the filters keep, walk the vocabulary until the uniform number is used up."""
-    params, edited = row.params, edited_by_definition(logits, row)
-    order = sorted(range(len(edited)), key=edited.__getitem__, reverse=True)  # stable: of equals, the lowest id first
-    if params.temperature == 0.0:
-        return order[0]
-    peak = edited[order[0]]
-    weights = [round(math.exp((value - peak) / params.temperature) * 2**33) for value in edited]
-    kept = order[: params.top_k] if params.top_k else order
-    if params.top_p < 1.0:
-        goal, mass, size = params.top_p * sum(weights[token_id] for token_id in kept), 0, 0
-        while mass < goal:
-            mass, size = mass + weights[kept[size]], size + 1
-        kept = kept[:size]
-    kept = [token_id for token_id in kept if weights[token_id] >= params.min_p * 2**33]
-    total = sum(weights[token_id] for token_id in kept)
-    target = math.floor(token_uniform(params.seed, row.candidate, len(row.output_token_ids)) * float(total))
-    for token_id in sorted(kept):
-        if target < weights[token_id]:
-            return token_id
-        target -= weights[token_id]
-    raise AssertionError("the uniform number is below 1")
-
-
-def logprobs_by_definition(logits: list[float], token_id: int, count: int) -> TokenLogprobs:
-    total = math.log(math.fsum(math.exp(value) for value in logits))
-    order = sorted(range(len(logits)), key=lambda other: (-logits[other], other))[:count]
-    return TokenLogprobs(token_id, logits[token_id] - total, tuple((other, logits[other] - total) for other in order))
-
-
-def assert_close(actual: TokenLogprobs, expected: TokenLogprobs) -> None:
-    assert (actual.token_id, [token_id for token_id, _ in actual.top]) == (
-        expected.token_id,
-        [token_id for token_id, _ in expected.top],
-    )
-    values = [actual.logprob, *(value for _, value in actual.top)]
-    assert values == pytest.approx([expected.logprob, *(value for _, value in expected.top)], abs=1e-5)
-
 
 @st.composite
-def params_strategy(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
-    ids = st.integers(0, vocab_size - 1)
-    biases = draw(st.dictionaries(ids, st.sampled_from([-100.0, -1.5, 0.25, 3.0]), max_size=3))
-    return SamplingParams(
-        max_new_tokens=8,
-        temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 3.0])),
-        top_p=draw(st.sampled_from([1.0, 1.0, 0.95, 0.5, 1e-6])),
-        top_k=draw(st.sampled_from([0, 0, 1, 5, 100, 10**6])),
-        min_p=draw(st.sampled_from([0.0, 0.0, 0.05, 1.0])),
-        presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5])),
-        frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.3, -0.3])),
-        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.8])),
-        logit_bias=tuple(biases.items()),
-        seed=draw(st.integers(0, 2**64 - 1)),
-        stop_token_ids=tuple(draw(st.lists(ids, max_size=2))),
-        eos_token_ids=tuple(draw(st.lists(ids, max_size=2))),
-        min_new_tokens=draw(st.sampled_from([0, 0, 3])),
-        logprobs=draw(st.sampled_from([None, 0, 3])),
-    )
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[Tensor, list[SamplingRow]]:
+def batches(draw: st.DrawFn) -> tuple[Tensor, list[Candidate]]:
     vocab_size = draw(st.sampled_from([7, 65, 513, 1500]))
     tokens = st.lists(st.integers(0, vocab_size - 1), max_size=6)
-    row = st.builds(SamplingRow, params_strategy(vocab_size), st.integers(0, 3), tokens, tokens)
+    row = st.builds(Candidate, params_strategy(vocab_size), st.integers(0, 3), tokens, tokens)
     rows = draw(st.lists(row, min_size=1, max_size=6))
     logits = logits_of(len(rows), vocab_size, draw(st.integers(0, 2**32)), draw(st.sampled_from([0.1, 2.0, 6.0])))
     if draw(st.booleans()):
@@ -132,10 +45,10 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SamplingRow]]:
 
 @settings(max_examples=100, deadline=None)
 @given(batch=batches())
-def test_every_token_is_the_one_of_the_definition(batch: tuple[Tensor, list[SamplingRow]]) -> None:
+def test_every_token_is_the_one_of_the_definition(batch: tuple[Tensor, list[Candidate]]) -> None:
     logits, rows = batch
     before = logits.clone()
-    tokens = Sampler().sample(logits, rows)
+    tokens = Sampler().sample(logits, [row.row for row in rows])
     for values, row, token in zip(logits.tolist(), rows, tokens, strict=True):
         assert token.error is None
         assert token.token_id == token_by_definition(values, row)
@@ -149,8 +62,8 @@ def test_every_token_is_the_one_of_the_definition(batch: tuple[Tensor, list[Samp
 
 @settings(max_examples=40, deadline=None)
 @given(batch=batches(), data=st.data())
-def test_neighbours_change_nothing(batch: tuple[Tensor, list[SamplingRow]], data: st.DataObject) -> None:
-    logits, rows = batch
+def test_neighbours_change_nothing(batch: tuple[Tensor, list[Candidate]], data: st.DataObject) -> None:
+    logits, rows = batch[0], [candidate.row for candidate in batch[1]]
     together = Sampler().sample(logits, rows)
     order = data.draw(st.permutations(range(len(rows))))
     shuffled = Sampler().sample(logits[order], [rows[index] for index in order])
@@ -161,8 +74,8 @@ def test_neighbours_change_nothing(batch: tuple[Tensor, list[SamplingRow]], data
 @pytest.mark.parametrize("params", [SAMPLED, replace(SAMPLED, top_p=0.9), replace(SAMPLED, top_k=2000, min_p=0.001)])
 def test_a_real_vocabulary_in_many_chunks_agrees_with_the_definition(params: SamplingParams) -> None:
     logits = logits_of(20, 40_000, scale=2.0)
-    rows = [row_of(replace(params, seed=seed)) for seed in range(20)]
-    assert token_ids(logits, rows) == [
+    rows = [Candidate(replace(params, seed=seed), 0, (), ()) for seed in range(20)]
+    assert token_ids(logits, [row.row for row in rows]) == [
         token_by_definition(values, row) for values, row in zip(logits.tolist(), rows, strict=True)
     ]
 

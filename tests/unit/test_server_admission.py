@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import threading
 import time
 
 import pytest
@@ -55,6 +56,7 @@ class Door:
     """An admission with everything around it."""
 
     engine: ScriptedEngine
+    tokenizer: LetterTokenizer
     leases: LeaseBook
     refusals: Refusals
     admission: Admission
@@ -65,7 +67,7 @@ def open_door(*, has_template: bool = True) -> Door:
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes=1000, default_max_new_tokens=8)
     tokenizer = LetterTokenizer(has_template=has_template)
     admission = Admission(engine, make_base(), tokenizer, make_catalog(), leases, limits, refusals)
-    return Door(engine, leases, refusals, admission)
+    return Door(engine, tokenizer, leases, refusals, admission)
 
 
 def caller(deadline: float | None = None) -> Caller:
@@ -136,7 +138,7 @@ BAD_SAMPLING: list[tuple[AskedSampling, str]] = [
     *((AskedSampling(min_p=value), "min_p") for value in (-0.1, 1.1, math.nan)),
     *((AskedSampling(presence_penalty=value), "presence_penalty") for value in (-2.1, 2.1, math.nan)),
     *((AskedSampling(frequency_penalty=value), "frequency_penalty") for value in (-2.1, 2.1, math.nan)),
-    *((AskedSampling(repetition_penalty=value), "repetition_penalty") for value in (0.0, -1.0, math.nan, math.inf)),
+    *((AskedSampling(repetition_penalty=value), "repetition_penalty") for value in (1e-38, 0.0099, 100.1, math.nan)),
     (AskedSampling(n=0), "n"),
     (AskedSampling(n=17), "n"),
     (AskedSampling(stop=("x",) * 17), "stop"),
@@ -144,6 +146,8 @@ BAD_SAMPLING: list[tuple[AskedSampling, str]] = [
     (AskedSampling(stop=("x" * 1025,)), "stop[0]"),
     (AskedSampling(stop_token_ids=(3, 100)), "stop_token_ids[1]"),
     (AskedSampling(stop_token_ids=(-1,)), "stop_token_ids[0]"),
+    (AskedSampling(stop_token_ids=(3,) * 1025), "stop_token_ids"),
+    (AskedSampling(logit_bias=((3, 0.0),) * 1025), "logit_bias"),
     (AskedSampling(min_new_tokens=-1), "min_new_tokens"),
     (AskedSampling(min_new_tokens=21), "min_new_tokens"),
     (AskedSampling(logprobs=-1), "logprobs"),
@@ -187,7 +191,7 @@ def test_whatever_passes_is_within_range(
     assert 0 <= filled.temperature <= 100
     assert 0 < filled.top_p <= 1
     assert 0 <= filled.min_p <= 1
-    assert 0 < filled.repetition_penalty < math.inf
+    assert 0.01 <= filled.repetition_penalty <= 100
     assert filled.top_k >= 0
     assert 1 <= filled.max_new_tokens <= 50
 
@@ -202,6 +206,45 @@ def test_adapters_are_sorted_by_digest_and_zero_weights_are_absent() -> None:
         assert door.leases.held == [digest_of("1"), digest_of("9")]
         assert [event async for event in admitted.events][-1].usage is not None
         assert door.leases.held == []
+        door.admission.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("weight", [100.0, -100.0])
+def test_the_largest_weights_are_taken(weight: float) -> None:
+    async def scenario() -> None:
+        door = open_door()
+        admitted = await door.admission.generate(asking(("alpha", weight)), caller())
+        assert [one.weight for one in admitted.request.adapters] == [weight]
+        await admitted.events.aclose()
+        await door.engine.stop()
+        door.admission.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("turns", "is_long"),
+    [
+        ([ChatTurn("user", "hi")], False),
+        ([ChatTurn("u" * 900, "")], False),
+        ([ChatTurn("", "")] * 64, True),
+    ],
+    ids=["short", "one turn", "many turns"],
+)
+def test_many_turns_are_rendered_off_the_loop_though_they_say_little(turns: list[ChatTurn], is_long: bool) -> None:
+    async def scenario() -> None:
+        door = open_door()
+        render, threads = LetterTokenizer().render_chat, []
+
+        def watch(turns: object) -> str:
+            threads.append(threading.current_thread())
+            return render(turns)  # type: ignore[arg-type]
+
+        door.tokenizer.render_chat = watch  # type: ignore[method-assign, assignment]
+        await door.admission.tokenize(ChatPrompt(tuple(turns)))
+        assert [thread is not threading.main_thread() for thread in threads] == [is_long]
         door.admission.close()
 
     asyncio.run(scenario())

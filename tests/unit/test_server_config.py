@@ -71,6 +71,11 @@ BAD_FILES = {
     'bas = "tiny"': ("bas", "the nearest is base"),
     "[engine]\nmax_runing = 3": ("engine.max_runing", "the nearest is engine.max_running"),
     "[engin]\nblock_size = 3": ("engin.block_size", "the nearest is engine.block_size"),
+    "[bogus]": ("bogus", "there is no such key; the nearest is "),
+    "[limit]": ("limit", "the nearest is limits"),
+    "[engine.threds]": ("engine.threds", "the nearest is engine.threads"),
+    "[base]": ("base", "{} is not a text"),
+    "[engine]\nthreads = {}": ("engine.threads", "{} is not an integer"),
     "base = 3": ("base", "3 is not a text"),
     'dtype = "int8"': ("dtype", "none of auto, float32, bfloat16, float16"),
     'listen = "8470"': ("listen", "not HOST:PORT"),
@@ -122,6 +127,18 @@ def test_a_bad_environment_is_refused_by_key(environ: dict[str, str], key: str, 
     with pytest.raises(ConfigError, match=words) as caught:
         resolve(environ)
     assert caught.value.key == key
+
+
+def test_empty_sections_that_exist_change_nothing(tmp_path: Path) -> None:
+    assert resolve({}, file=write(tmp_path, "[engine]\n[limits]\n[adapters]\n")) == resolve({})
+
+
+@pytest.mark.parametrize("given", ["nodir", "Bad=/x", "a="])
+def test_a_bad_flag_is_refused_by_the_flags_name(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"\(from --adapter\)$"):
+        resolve({}, {"adapters": [given]})
+    with pytest.raises(ConfigError, match=r"\(from --data-dir\)$"):
+        resolve({}, {"data_dir": ""})
 
 
 def test_variables_of_the_client_and_of_kubernetes_are_not_ours() -> None:

@@ -34,7 +34,8 @@ _SERVICE_CONFIG = {
 }
 _OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # 16 candidates with 20 log-probabilities a token pass 4 MiB
+    # 16 candidates with 20 log-probabilities a token pass gRPC's 4 MiB; how much is too much is the server's setting.
+    ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),  # a dead peer is noticed in the middle of a long answer
     ("grpc.keepalive_timeout_ms", 10_000),
 )

@@ -43,6 +43,12 @@ class DeltaUnit:
         """Return the true rank."""
         return self.a.shape[0]
 
+    def to(self, device: torch.device) -> DeltaUnit:
+        """Return this unit with its factors on a device; itself if they are there."""
+        if self.a.device == device and self.b.device == device:
+            return self
+        return DeltaUnit(self.a.to(device), self.b.to(device), self.scaling)
+
     @property
     def nbytes(self) -> int:
         """Return the bytes of both factors."""

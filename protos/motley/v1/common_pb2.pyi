@@ -52,7 +52,7 @@ class AdapterRef(google.protobuf.message.Message):
     name: builtins.str
     """`NAME`, `NAME@alias`, `NAME@3` (version), `NAME@sha256:...` (adapter digest), `public/NAME` or `OWNER/NAME`."""
     weight: builtins.float
-    """Multiplies the adapter's delta; finite. Unset means 1; 0 is the same as not naming the adapter."""
+    """Multiplies the adapter's delta; in [-100, 100]. Unset means 1; 0 is the same as not naming the adapter."""
     def __init__(
         self,
         *,

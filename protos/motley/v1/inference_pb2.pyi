@@ -46,7 +46,9 @@ class ChatPrompt(google.protobuf.message.Message):
 
     MESSAGES_FIELD_NUMBER: builtins.int
     @property
-    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """In the order in which they were said; at least one, at most 4096."""
+
     def __init__(
         self,
         *,
@@ -62,7 +64,9 @@ class TokenPrompt(google.protobuf.message.Message):
 
     IDS_FIELD_NUMBER: builtins.int
     @property
-    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """At least one; no more than `limits.context_length`."""
+
     def __init__(
         self,
         *,
@@ -152,9 +156,11 @@ class SamplingParams(google.protobuf.message.Message):
     frequency_penalty: builtins.float
     """In [-2, 2]; subtracted once for each time a token was generated already. Default 0."""
     repetition_penalty: builtins.float
-    """Above 0; divides positive and multiplies negative logits of tokens in prompt and answer. Default 1."""
+    """In [0.01, 100]; divides positive and multiplies negative logits of tokens in prompt and answer. Default 1."""
     seed: builtins.int
-    """The same seed gives the same tokens alone, in any batch, and after preemption. Unset: a fresh one."""
+    """The same seed gives, in float32, the same tokens alone, in any batch, and after preemption. In bfloat16 and float16 the batch can change
+    low bits of a logit, and so, rarely, a token. Unset: a fresh one.
+    """
     n: builtins.int
     """Candidates, 1 to 16. Default 1."""
     min_new_tokens: builtins.int
@@ -165,7 +171,7 @@ class SamplingParams(google.protobuf.message.Message):
     """Return log-probabilities of the raw distribution: of the chosen token (0) and of this many likeliest ones besides (at most 20)."""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """Added to the logit of a token id, in [-100, 100]."""
+        """Added to the logit of a token id, in [-100, 100]; at most 1024 of them."""
 
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -173,7 +179,7 @@ class SamplingParams(google.protobuf.message.Message):
 
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Token ids that end a candidate, besides the checkpoint's own."""
+        """Up to 1024 token ids that end a candidate, besides the checkpoint's own."""
 
     def __init__(
         self,
@@ -587,7 +593,9 @@ class DetokenizeRequest(google.protobuf.message.Message):
 
     IDS_FIELD_NUMBER: builtins.int
     @property
-    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """No more than the larger of `limits.context_length` and `limits.max_prompt_bytes`."""
+
     def __init__(
         self,
         *,

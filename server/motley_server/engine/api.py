@@ -74,8 +74,21 @@ class EngineFront(Protocol):
     def heartbeat_age_seconds(self) -> float:
         """Return how long ago the engine's loop last came round; it does so several times a second even when idle."""
 
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the engine is gone."""
+
+    async def wait_ended(self) -> None:
+        """Wait until the engine is gone, because it was stopped or because it died."""
+
     async def drain(self, timeout_seconds: float) -> DrainReport:
-        """Refuse new requests, wait for the present ones, cancel what is left after the timeout."""
+        """Refuse new requests, wait for the present ones, cancel what is left after the timeout.
+
+        Semantics: what is cancelled ends with UnavailableError(reason=DRAINING); a stuck engine is not waited for.
+        """
+
+    def hurry(self) -> None:
+        """End the patience of a drain: what still runs is cancelled now."""
 
     async def stop(self) -> None:
         """End the engine thread; whatever still runs fails with UnavailableError."""

@@ -25,7 +25,7 @@ from motley_server.engine.scheduler import Scheduled, Scheduler
 from motley_server.engine.sequence import Sequence
 from motley_server.engine.settings import EngineSettings
 from motley_server.engine.types import GenerateRequest, RequestEvent
-from motley_server.errors import CancelledRequestError, DeadlineExceededError, InternalError, MotleyError
+from motley_server.errors import DeadlineExceededError, InternalError, MotleyError
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +59,27 @@ class EngineCore:
         """Return the requests in hand."""
         return len(self._requests)
 
-    def add(self, request: GenerateRequest, arrival: float) -> None:
-        """Take a request in hand; it waits until a step has room for it."""
-        identity = set_identity((adapter.digest, adapter.weight) for adapter in request.adapters)
-        seed = cache_seed(identity, self._base.spec.fingerprint, request.tenant_id.encode())
-        state = RequestState(request, arrival, seed, self._make_detokenizer, self._observer)
-        self._requests[request.request_id] = state
-        self.scheduler.add(state.start())
+    def add(self, request: GenerateRequest, arrival: float) -> RequestEvent | None:
+        """Take a request in hand; it waits until a step has room for it.
 
-    def cancel(self, request_id: str) -> RequestEvent | None:
-        """Drop a request and give its blocks back; None if it has ended already."""
-        if request_id not in self._requests:
-            return None
-        return self._fail(request_id, CancelledRequestError("the caller cancelled the request", reason="CANCELLED"))
+        Semantics: a request that cannot be begun fails by itself: its one event is returned, and nobody else notices.
+        """
+        try:
+            self.runner.bind(request)
+            identity = set_identity((adapter.digest, adapter.weight) for adapter in request.adapters)
+            seed = cache_seed(identity, self._base.spec.fingerprint, request.tenant_id.encode())
+            state = RequestState(request, arrival, seed, self._make_detokenizer, self._observer)
+            sequence = state.start()
+        except Exception:
+            log.exception("request %s could not be begun", request.request_id)
+            return RequestEvent(request.request_id, error=_fault("the request could not be begun"))
+        self._requests[request.request_id] = state
+        self.scheduler.add(sequence)
+        return None
+
+    def cancel(self, request_id: str, error: MotleyError) -> RequestEvent | None:
+        """Drop a request for the reason given, and give its blocks back; None if it has ended already."""
+        return self._fail(request_id, error) if request_id in self._requests else None
 
     def expire(self) -> list[RequestEvent]:
         """Drop the requests whose deadline has passed."""
@@ -154,7 +162,13 @@ class EngineCore:
                 error = InternalError(token.error, reason="BAD_LOGITS")
                 failed.append(self._fail(sequence.request.request_id, error))
                 continue
-            if state.add_token(sequence, token.token_id, token.logprobs, self._context_length):
+            try:
+                is_finished = state.add_token(sequence, token.token_id, token.logprobs, self._context_length)
+            except Exception:
+                log.exception("a token of request %s could not be turned into text", sequence.request.request_id)
+                failed.append(self._fail(sequence.request.request_id, _fault("a token could not be turned into text")))
+                continue
+            if is_finished:
                 self.scheduler.remove(sequence)
             for candidate in reversed(state.fork()):
                 self.scheduler.add_first(candidate)
@@ -168,7 +182,7 @@ class EngineCore:
         return event
 
     def _fail_batch(self, batch: list[Scheduled]) -> list[RequestEvent]:
-        error = InternalError("the forward pass that this request was part of failed", reason="ENGINE_FAULT")
+        error = _fault("the forward pass that this request was part of failed")
         request_ids = {entry.sequence.request.request_id: None for entry in batch}
         return [self._fail(request_id, error) for request_id in request_ids if request_id in self._requests]
 
@@ -205,6 +219,10 @@ def _sampling_row(sequence: Sequence) -> SamplingRow:
     return SamplingRow(
         params=sequence.params,
         candidate=sequence.index,
-        prompt_token_ids=sequence.request.prompt_token_ids,
-        output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+        num_output_tokens=sequence.num_output_tokens,
+        edits=sequence.logit_edits,
     )
+
+
+def _fault(message: str) -> InternalError:
+    return InternalError(message, reason="ENGINE_FAULT")

@@ -8,6 +8,7 @@ a heartbeat and the last step's figures.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -24,10 +25,12 @@ from motley_server.engine.event_stream import RequestEventStream
 from motley_server.engine.observer import EngineObserver
 from motley_server.engine.settings import EngineSettings
 from motley_server.engine.types import GenerateRequest, RequestEvent
-from motley_server.errors import ResourceExhaustedError, UnavailableError
+from motley_server.errors import CancelledRequestError, MotleyError, ResourceExhaustedError, UnavailableError
 
 log = logging.getLogger(__name__)
 IDLE_POLL_SECONDS = 0.25
+CANCEL_SECONDS = 5.0  # a step and the cancellations after it
+STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop a request."""
+    """Drop a request, and tell it why."""
 
     request_id: str
+    error: MotleyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +122,18 @@ def _stopped() -> UnavailableError:
     return UnavailableError("the engine has stopped", reason="ENGINE_STOPPED", retry_after_seconds=5.0)
 
 
+def _draining() -> UnavailableError:
+    return UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
+
+
 def _apply(core: EngineCore, message: Message) -> RequestEvent | None:
-    if isinstance(message, Submit):
-        core.add(message.request, message.arrival)
-    elif isinstance(message, Cancel):
-        return core.cancel(message.request_id)
-    return None
+    match message:
+        case Submit(request, arrival):
+            return core.add(request, arrival)
+        case Cancel(request_id, error):
+            return core.cancel(request_id, error)
+        case Stop():
+            return None
 
 
 class Engine:
@@ -135,8 +145,7 @@ class Engine:
         self._streams: dict[str, RequestEventStream] = {}
         self._is_draining = False
         self._is_empty = asyncio.Event()
-        self._is_empty.set()
-        self._has_stopped = False
+        self._ended = asyncio.Event()
         self._thread = EngineThread(make_core, self._deliver_soon, self._note_stopped_soon)
 
     def start(self) -> None:
@@ -162,7 +171,6 @@ class Engine:
         self._check_open()
         stream = RequestEventStream(request.request_id, on_end, self._settings.reader_queue_events, cancel=self._cancel)
         self._streams[request.request_id] = stream
-        self._is_empty.clear()
         self._thread.mailbox.put(Submit(request, time.monotonic()))
         return stream
 
@@ -183,39 +191,62 @@ class Engine:
         """Return how long ago the engine's loop last came round."""
         return time.monotonic() - self._thread.heartbeat
 
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the engine thread is gone."""
+        return not self._thread.is_alive()
+
+    async def wait_ended(self) -> None:
+        """Wait until the engine thread is gone, asked to or not."""
+        await self._ended.wait()
+
     async def drain(self, timeout_seconds: float) -> DrainReport:
         """Refuse new requests, wait for the present ones, cancel what is left after the timeout."""
         self._is_draining = True
         present = len(self._streams)
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._is_empty.wait()
-        except TimeoutError:
-            left = list(self._streams)
-            for request_id in left:
-                self._cancel(request_id)
-            await self._is_empty.wait()
-            return DrainReport(present - len(left), len(left))
-        return DrainReport(present, 0)
+        await self._wait_empty(timeout_seconds)
+        left = list(self._streams)
+        for request_id in left:
+            self._thread.mailbox.put(Cancel(request_id, _draining()))
+        await self._wait_empty(CANCEL_SECONDS)
+        # An engine that does not even cancel is stuck; its callers shall not be.
+        self._deliver([RequestEvent(request_id, error=_draining()) for request_id in self._streams])
+        return DrainReport(present - len(left), len(left))
+
+    def hurry(self) -> None:
+        """End the patience of a drain: what still runs is cancelled now."""
+        self._is_empty.set()
 
     async def stop(self) -> None:
-        """End the engine thread."""
+        """End the engine thread; one that is stuck is left behind."""
         self._is_draining = True
         self._thread.mailbox.put(Stop())
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        if not self.has_ended:
+            log.critical("the engine thread is stuck; it is left behind")
+            self._note_stopped()
+
+    async def _wait_empty(self, timeout_seconds: float) -> None:
+        if not self._streams:
+            return
+        self._is_empty.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._is_empty.wait()
 
     def _check_open(self) -> None:
-        if self._has_stopped:
+        if self._ended.is_set():
             raise _stopped()
         if self._is_draining:
-            raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
+            raise _draining()
         bound = self._settings.max_running + self._settings.max_waiting
         if len(self._streams) >= bound:
             message = f"{bound} requests are running or waiting already"
             raise ResourceExhaustedError(message, reason="QUEUE_FULL", retry_after_seconds=1.0)
 
     def _cancel(self, request_id: str) -> None:
-        self._thread.mailbox.put(Cancel(request_id))
+        error = CancelledRequestError("the caller cancelled the request", reason="CANCELLED")
+        self._thread.mailbox.put(Cancel(request_id, error))
 
     def _deliver_soon(self, events: list[RequestEvent]) -> None:
         if not self._loop.is_closed():
@@ -226,12 +257,14 @@ class Engine:
             self._loop.call_soon_threadsafe(self._note_stopped)
 
     def _note_stopped(self) -> None:
-        self._has_stopped = True
+        self._ended.set()
         self._deliver([RequestEvent(request_id, error=_stopped()) for request_id in self._streams])
 
     def _deliver(self, events: list[RequestEvent]) -> None:
         for event in events:
-            stream = self._streams[event.request_id]
+            stream = self._streams.get(event.request_id)
+            if stream is None:  # failed by a drain that could not wait for a stuck engine
+                continue
             if event.is_last:
                 del self._streams[event.request_id]
             stream.push(event)

@@ -64,17 +64,15 @@ class ModelRunner:
         self.run([Scheduled(sequence, 1)])
         self.num_forward_passes = 0
 
-    def _unit_set(self, sequence: Sequence) -> UnitSet:
-        return tuple((self._slot(adapter.digest), adapter.weight) for adapter in sequence.request.adapters)
+    def bind(self, request: GenerateRequest) -> None:
+        """Attach the request's adapters to the base, those that are not attached yet, before a step needs them."""
+        for adapter in request.adapters:
+            if adapter.digest not in self._slots:
+                slot = next(self._fresh_slots)
+                with self._adapters.acquire(adapter.digest) as lease:
+                    units = {path: unit.to(self._base.device) for path, unit in lease.adapter.units.items()}
+                self._base.sites.bind(slot, units)
+                self._slots[adapter.digest] = slot
 
-    def _slot(self, digest: str) -> int:
-        slot = self._slots.get(digest)
-        if slot is None:
-            slot = next(self._fresh_slots)
-            lease = self._adapters.acquire(digest)
-            try:
-                self._base.sites.bind(slot, lease.adapter.units)
-            finally:
-                lease.release()
-            self._slots[digest] = slot
-        return slot
+    def _unit_set(self, sequence: Sequence) -> UnitSet:
+        return tuple((self._slots[adapter.digest], adapter.weight) for adapter in sequence.request.adapters)

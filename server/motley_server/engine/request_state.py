@@ -47,6 +47,7 @@ class RequestState:
         self._observer = observer
         self._cache_seed = cache_seed
         self._make_detokenizer = make_detokenizer
+        self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self._detokenizers: list[IncrementalDetokenizer] = []
         self._last_token_at: dict[int, float] = {}
         self._deltas: list[CandidateDelta] = []
@@ -68,7 +69,7 @@ class RequestState:
     def add_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, context_length: int) -> bool:
         """Append a sampled token and tell whether the candidate is finished."""
         self._observe_token(sequence)
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         self._num_output_tokens += 1
         text, reason = self._advance(sequence, token_id, context_length)
         entries = () if logprobs is None else (logprobs,)
@@ -116,7 +117,7 @@ class RequestState:
 
     def _advance(self, sequence: Sequence, token_id: int, context_length: int) -> tuple[str, FinishReason | None]:
         detokenizer, params = self._detokenizers[sequence.index], self.request.sampling
-        if token_id in params.stop_token_ids:
+        if token_id in self._stop_token_ids:
             return detokenizer.finish(), FinishReason.STOP
         delta = detokenizer.append((token_id,))
         if delta.stopped:

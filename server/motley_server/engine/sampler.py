@@ -102,7 +102,7 @@ def _select(logits: Tensor, indices: list[int]) -> Tensor:
 def _pick(values: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[bool]]:
     """Choose a token for rows that are alike; return the tokens and which rows had a finite maximum."""
     if has_edits(rows[0]):
-        values = values.clone()
+        values = values.clone(memory_format=torch.contiguous_format)
         edit_logits(values, rows)
     maximum, tokens = first_argmax(values)
     is_sound = maximum.isfinite()
@@ -111,7 +111,7 @@ def _pick(values: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[
     flags = is_sound.tolist()
     if not all(flags):
         values = values.masked_fill(~is_sound.unsqueeze(1), 0.0)
-    uniforms = [token_uniform(row.params.seed, row.candidate, len(row.output_token_ids)) for row in rows]
+    uniforms = [token_uniform(row.params.seed, row.candidate, row.num_output_tokens) for row in rows]
     return draw(values, [row.params for row in rows], uniforms).tolist(), flags
 
 

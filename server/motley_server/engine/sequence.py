@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 
+from motley_server.engine.logit_edits import edits_of
 from motley_server.engine.types import GenerateRequest, SamplingParams, TokenLogprobs
 
 
@@ -23,6 +24,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.token_ids = array("q", request.prompt_token_ids)
+        self.logit_edits = edits_of(request.sampling, request.prompt_token_ids)
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when first scheduled
@@ -61,6 +63,12 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Tell whether one token is all that is missing before the next is sampled."""
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    def append(self, token_id: int) -> None:
+        """Take in a sampled token."""
+        self.token_ids.append(token_id)
+        if self.logit_edits is not None:
+            self.logit_edits.add(token_id)
 
     def block_hash(self, index: int, block_size: int) -> bytes:
         """Return the hash of a full block: of its tokens, of all before them, and of whose answer they belong to."""

@@ -15,6 +15,7 @@ import grpc
 from motley.v1 import inference_pb2, inference_pb2_grpc
 
 from motley_server.admission import Admission, Admitted
+from motley_server.asked import AskedGeneration
 from motley_server.engine.types import RequestEvent, TokenLogprobs, Usage
 from motley_server.errors import InternalError
 from motley_server.facts import ServerFacts
@@ -28,6 +29,7 @@ from motley_server.rpc.convert import (
     token_logprobs_to,
     usage_to,
 )
+from motley_server.rpc.list_bounds import check_detokenized, check_generation, check_prompt, check_scoring
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,7 +46,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.GenerateResponse:
         """Answer when every candidate is finished."""
         caller = current_caller()
-        admitted = await self._admission.generate(generation_from(request), caller)
+        admitted = await self._admission.generate(self._read(request), caller)
         events = await _read_all(admitted)
         return inference_pb2.GenerateResponse(
             request_id=caller.request_id,
@@ -58,7 +60,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
         """Send text as it is made; events that are ready together go out together."""
         caller = current_caller()
-        admitted = await self._admission.generate(generation_from(request), caller)
+        admitted = await self._admission.generate(self._read(request), caller)
         message = inference_pb2.GenerateStreamResponse(
             request_id=caller.request_id, served_by=served_by_to(self._facts, admitted.request.adapters)
         )
@@ -76,6 +78,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ScoreResponse:
         """Score every continuation, all at once."""
         caller = current_caller()
+        with self._admission.counting_refusals():
+            check_scoring(request, self._admission.limits)
         admitted = await self._admission.score(scoring_from(request), caller)
         async with AsyncExitStack() as streams:
             for one in admitted:
@@ -101,6 +105,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.TokenizeResponse:
         """Return the ids of a prompt."""
         self._admission.check_open()
+        check_prompt(request.prompt, self._admission.limits)
         return inference_pb2.TokenizeResponse(ids=await self._admission.tokenize(prompt_from(request.prompt)))
 
     async def Detokenize(  # noqa: N802
@@ -108,7 +113,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         """Return the text of ids."""
         self._admission.check_open()
+        check_detokenized(request, self._admission.limits)
         return inference_pb2.DetokenizeResponse(text=await self._admission.detokenize(tuple(request.ids)))
+
+    def _read(self, request: inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest) -> AskedGeneration:
+        with self._admission.counting_refusals():
+            check_generation(request, self._admission.limits)
+        return generation_from(request)
 
 
 async def _read_all(admitted: Admitted) -> list[RequestEvent]:

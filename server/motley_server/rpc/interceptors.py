@@ -22,7 +22,7 @@ from motley_server.errors import MotleyError
 from motley_server.rpc.call import set_caller
 from motley_server.rpc.identity import Identify
 from motley_server.rpc.status import REQUEST_ID_KEY, code_of, to_status, trailers
-from motley_server.rpc.wire_checks import check_message, lenient
+from motley_server.rpc.wire_checks import check_answer, check_message, lenient
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ class RpcObserver(Protocol):
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Put the same frame around every RPC."""
 
-    def __init__(self, identify: Identify, observer: RpcObserver) -> None:
+    def __init__(self, identify: Identify, observer: RpcObserver, max_message_bytes: int) -> None:
         self._identify = identify
         self._observer = observer
+        self._max_message_bytes = max_message_bytes
 
     async def intercept_service(
         self,
@@ -78,7 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             set_caller(self._caller(request_id, metadata, context))
             check_message(request)
-            answer = await _answer(behavior, request, context)
+            answer = await self._answer(behavior, request, context)
             code = grpc.StatusCode.OK
             return answer
         except asyncio.CancelledError:
@@ -94,6 +95,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # Before the caller can see the end, so that who has seen it finds it counted.
             self._observer.rpc_finished(method, code.name, time.monotonic() - began)
         await _abort(context, failure, method, request_id)
+
+    async def _answer(self, behavior: Behavior, request: Any, context: Context) -> Any:
+        """Run a handler to its end, writing the messages of one that yields them.
+
+        The writing happens here, so that a cancelled RPC always finds this coroutine waiting and the generator is
+        closed at once, not when it is collected.
+        """
+        outcome = behavior(request, context)
+        if not isinstance(outcome, AsyncIterator):
+            answer = await outcome
+            check_answer(answer, self._max_message_bytes)
+            return answer
+        async with aclosing(outcome) as messages:  # type: ignore[type-var]
+            async for message in messages:
+                check_answer(message, self._max_message_bytes)
+                await context.write(message)
+        return None
 
     def _caller(self, request_id: str, metadata: Mapping[str, str | bytes], context: Context) -> Caller:
         identity = self._identify(metadata)
@@ -112,21 +130,6 @@ def _arity(handler: Handler) -> tuple[Callable[..., Handler], Behavior]:
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler, one.unary_stream
     return grpc.unary_unary_rpc_method_handler, one.unary_unary
-
-
-async def _answer(behavior: Behavior, request: Any, context: Context) -> Any:
-    """Run a handler to its end, writing the messages of one that yields them.
-
-    The writing happens here, so that a cancelled RPC always finds this coroutine waiting and the generator is closed at
-    once, not when it is collected.
-    """
-    outcome = behavior(request, context)
-    if not isinstance(outcome, AsyncIterator):
-        return await outcome
-    async with aclosing(outcome) as messages:  # type: ignore[type-var]
-        async for message in messages:
-            await context.write(message)
-    return None
 
 
 async def _abort(context: Context, error: Exception, method: str, request_id: str) -> NoReturn:

@@ -59,8 +59,8 @@ class RpcServer:
         self.health = EngineHealth(backend.engine, settings.health_stall_seconds)
         self.lifecycle = Lifecycle(backend.engine, settings.drain_seconds, self.health.announce_drain)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(backend.identify, backend.observer)],
-            options=_options(settings.max_message_bytes),
+            interceptors=[CallInterceptor(backend.identify, backend.observer, settings.max_message_bytes)],
+            options=server_options(settings.max_message_bytes),
         )
         self._poll: asyncio.Task[None] | None = None
         self._add_services(backend)
@@ -107,7 +107,8 @@ def _service_names() -> list[str]:
     return [service.full_name for service in (*built, *UNBUILT_SERVICES)]
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Return what gRPC is told; it ignores a key that it does not know."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -115,7 +116,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         # Two servers on one port would each get half of the calls; the second shall fail instead.
         ("grpc.so_reuseport", 0),
         # Clients behind balancers ping more often than gRPC's default of five minutes allows.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         # A peer that vanished without closing is noticed, and its requests cancelled, within these.
         ("grpc.keepalive_time_ms", 60_000),

@@ -20,6 +20,7 @@ from motley_server import errors
 DOMAIN = "motley.dev"
 REQUEST_ID_KEY = "x-request-id"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+MAX_SENTENCE_BYTES = 1000  # it travels three times in trailers, which readers cut off at 8 KiB
 
 TypedError = errors.MotleyError | AdapterError
 
@@ -55,8 +56,9 @@ def to_status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, statu
         message = f"a fault of the server; its log has more under request id {request_id}"
         error = errors.InternalError(message, reason=reason)
     number: int = code.value[0]
-    status = status_pb2.Status(code=number, message=error.message)
-    for detail in _details(error, code, request_id):
+    sentence = _cut(error.message)
+    status = status_pb2.Status(code=number, message=sentence)
+    for detail in _details(error, sentence, code, request_id):
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
@@ -68,26 +70,29 @@ def trailers(status: status_pb2.Status, request_id: str) -> tuple[tuple[str, str
     return (STATUS_DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, request_id)
 
 
-def _details(error: TypedError, code: grpc.StatusCode, request_id: str) -> list[Message]:
+def _cut(sentence: str) -> str:
+    data = sentence.encode()
+    return sentence if len(data) <= MAX_SENTENCE_BYTES else data[:MAX_SENTENCE_BYTES].decode(errors="ignore") + "..."
+
+
+def _details(error: TypedError, sentence: str, code: grpc.StatusCode, request_id: str) -> list[Message]:
     field = error.field or ""
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"field": field} if field else {}),
         error_details_pb2.RequestInfo(request_id=request_id),
     ]
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=field, description=error.message, reason=error.reason
-        )
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=sentence, reason=error.reason)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     elif code is grpc.StatusCode.NOT_FOUND:
-        details.append(error_details_pb2.ResourceInfo(resource_type="adapter", description=error.message))
+        details.append(error_details_pb2.ResourceInfo(resource_type="adapter", description=sentence))
     elif code is grpc.StatusCode.FAILED_PRECONDITION:
         failure = error_details_pb2.PreconditionFailure.Violation(
-            type=error.reason, subject=field, description=error.message
+            type=error.reason, subject=field, description=sentence
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[failure]))
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        quota = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=error.message)
+        quota = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=sentence)
         details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     retry = error.retry_after_seconds if isinstance(error, errors.MotleyError) else None
     if retry is not None:

@@ -1,4 +1,4 @@
-"""What is wrong with a message whatever its meaning: bytes that are no message, enum numbers that have no name."""
+"""What is wrong with a message whatever its meaning: no message at all, enums without a name, too many bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from motley_server.errors import InvalidArgumentError
+from motley_server.errors import InvalidArgumentError, ResourceExhaustedError
 
 
 class Undecodable:
@@ -38,6 +38,16 @@ def check_message(request: object) -> None:
         for field, number in _unknown_enums(request, ""):
             message = f"{number} is no value of this field"
             raise InvalidArgumentError(message, reason="UNKNOWN_ENUM_VALUE", field=field)
+
+
+def check_answer(answer: object, max_message_bytes: int) -> None:
+    """Refuse to send an answer over the wire's bound, where gRPC would fail the call without details.
+
+    Raises: ResourceExhaustedError (reason=ANSWER_TOO_LARGE).
+    """
+    if isinstance(answer, Message) and answer.ByteSize() > max_message_bytes:
+        message = f"the answer has {answer.ByteSize()} bytes; {max_message_bytes} are allowed in a message"
+        raise ResourceExhaustedError(message, reason="ANSWER_TOO_LARGE")
 
 
 def _unknown_enums(message: Message, prefix: str) -> Iterator[tuple[str, int]]:

@@ -1,0 +1,168 @@
+"""Messages as large as the wire takes, made to be dear to read: refused at once, while health answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from motley.v1 import inference_pb2
+from motley_server.errors import ResourceExhaustedError
+from rpc_harness import CONTEXT, MIB, Shell, read_refusal, serving, text_request
+
+Code = grpc.StatusCode
+SERVICE = "/motley.v1.InferenceService/"
+ROOM = 16 * MIB - 64  # for the heads of the messages around it
+
+
+def part(number: int, content: bytes) -> bytes:
+    """Return the bytes of a field that has a length."""
+    head, length = bytearray([number << 3 | 2]), len(content)
+    while length > 127:
+        head.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*head, length]) + content
+
+
+def many(number: int, content: bytes = b"") -> bytes:
+    """Return as many small items of a repeated field as a message has room for."""
+    item = part(number, content)
+    return item * (ROOM // len(item))
+
+
+PROMPT = part(1, part(1, b"hello"))
+TURNS = part(1, part(2, many(1)))
+IDS = part(1, part(3, part(1, bytes([5]) * ROOM)))
+HOSTILE: dict[str, tuple[str, bytes, str, str]] = {
+    "turns to generate": ("Generate", TURNS, "OUT_OF_RANGE", "prompt.chat.messages"),
+    "turns to stream": ("GenerateStream", TURNS, "OUT_OF_RANGE", "prompt.chat.messages"),
+    "turns to tokenize": ("Tokenize", TURNS, "OUT_OF_RANGE", "prompt.chat.messages"),
+    "ids to generate": ("Generate", IDS, "CONTEXT_EXCEEDED", "prompt"),
+    "ids to score": ("Score", IDS, "CONTEXT_EXCEEDED", "prompt"),
+    "ids to tokenize": ("Tokenize", IDS, "CONTEXT_EXCEEDED", "prompt"),
+    "ids to detokenize": ("Detokenize", part(1, bytes([5]) * ROOM), "OUT_OF_RANGE", "ids"),
+    "adapters to generate": ("Generate", PROMPT + many(2), "TOO_MANY_ADAPTERS", "adapters"),
+    "adapters to score": ("Score", PROMPT + many(3), "TOO_MANY_ADAPTERS", "adapters"),
+    "continuations": ("Score", PROMPT + many(2), "OUT_OF_RANGE", "continuations"),
+    "stop strings": ("Generate", PROMPT + part(3, many(12)), "OUT_OF_RANGE", "sampling.stop"),
+    "stop ids": ("Generate", PROMPT + part(3, part(13, bytes([5]) * ROOM)), "OUT_OF_RANGE", "sampling.stop_token_ids"),
+    "biases": (
+        "Generate",
+        PROMPT + part(3, b"".join(part(9, bytes([8, i & 127 | 128, i >> 7])) for i in range(128, 1300))),
+        "OUT_OF_RANGE",
+        "sampling.logit_bias",
+    ),
+    "a long name": ("Generate", PROMPT + part(2, part(1, b"x" * ROOM)), "INVALID_ADAPTER_NAME", "adapters[0].name"),
+}
+
+
+async def send(shell: Shell, method: str, data: bytes) -> None:
+    """Send bytes as they are, so that only the server's work takes time."""
+    if method == "GenerateStream":
+        await shell.channel.unary_stream(SERVICE + method)(data).read()
+    else:
+        await shell.channel.unary_unary(SERVICE + method)(data)
+
+
+async def check_health(shell: Shell) -> float:
+    """Return the longest that health took while this ran."""
+    stub, longest = health_pb2_grpc.HealthStub(shell.channel), 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            longest = max(longest, time.monotonic() - began)
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            return max(longest, time.monotonic() - began)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_dear_message_is_refused_at_once_while_health_answers(name: str) -> None:
+    method, data, reason, field = HOSTILE[name]
+    assert len(data) <= 16 * MIB
+
+    async def scenario() -> None:
+        async with serving() as shell:
+            watch = asyncio.ensure_future(check_health(shell))
+            await asyncio.sleep(0.05)
+            began = time.monotonic()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await send(shell, method, data)
+            seconds = time.monotonic() - began
+            watch.cancel()
+            refusal = read_refusal(caught.value)
+            assert (refusal.code, refusal.reason, refusal.field) == (Code.INVALID_ARGUMENT, reason, field)
+            assert seconds < 1.0
+            assert await watch < 1.0
+            refused = float(method in ("Generate", "GenerateStream", "Score"))
+            assert shell.count("motley_requests_total", outcome="rejected") == refused
+
+    asyncio.run(scenario())
+
+
+def test_lists_of_the_largest_length_are_taken() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            request = text_request(
+                max_new_tokens=1, stop=["#"] * 16, stop_token_ids=[3] * 1024, logit_bias=dict.fromkeys(range(128), 0.0)
+            )
+            assert (await shell.inference.Generate(request)).usage.completion_tokens == 1
+            chat = inference_pb2.Prompt(chat={"messages": [{"role": "u"}] * 4096})
+            assert len((await shell.inference.Tokenize(inference_pb2.TokenizeRequest(prompt=chat))).ids) == 1 + 3 * 4096
+            tokens = inference_pb2.Prompt(tokens={"ids": [5] * CONTEXT})
+            assert len((await shell.inference.Tokenize(inference_pb2.TokenizeRequest(prompt=tokens))).ids) == CONTEXT
+            ids = inference_pb2.DetokenizeRequest(ids=[97] * MIB)
+            assert (await shell.inference.Detokenize(ids)).text == "a" * MIB
+
+    asyncio.run(scenario())
+
+
+def test_health_answers_while_many_ids_become_text() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            decode = shell.tokenizer.decode
+
+            def linger(ids: object) -> str:
+                time.sleep(0.5)
+                return decode(ids)  # type: ignore[arg-type]
+
+            shell.tokenizer.decode = linger  # type: ignore[method-assign, assignment]
+            watch = asyncio.ensure_future(check_health(shell))
+            await asyncio.sleep(0.05)
+            await shell.inference.Detokenize(inference_pb2.DetokenizeRequest(ids=[97] * 100_000))
+            watch.cancel()
+            assert await watch < 0.4
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["unary", "stream"])
+def test_an_answer_over_the_wires_bound_is_a_typed_refusal(streaming: bool) -> None:
+    async def scenario() -> None:
+        async with serving(max_message_bytes=64 * 1024) as shell:
+            shell.engine.padding = 100_000
+            method = "GenerateStream" if streaming else "Generate"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await send(shell, method, text_request(max_new_tokens=2, logprobs=1).SerializeToString())
+            refusal = read_refusal(caught.value)
+            assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE")
+            assert shell.leases.held == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", ["n" * 100_000, "\N{GRINNING FACE}" * 10_000])
+def test_a_refusal_that_quotes_much_still_fits_trailers(name: str) -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            shell.engine.refusal = ResourceExhaustedError(f"{name} is full", reason="QUEUE_FULL")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await shell.inference.Generate(text_request())
+            refusal = read_refusal(caught.value)
+            assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            assert refusal.message == name.encode()[:1000].decode() + "..."
+
+    asyncio.run(scenario())

@@ -1,0 +1,194 @@
+"""The engine's front and thread over a scripted core: what becomes of callers when the engine is slow or stuck."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from motley_server.engine import engine as engine_module
+from motley_server.engine.engine import Engine
+from motley_server.engine.settings import EngineSettings
+from motley_server.engine.types import CandidateDelta, GenerateRequest, RequestEvent, SamplingParams, Usage
+from motley_server.errors import MotleyError, ResourceExhaustedError, UnavailableError
+from motley_server.lifecycle import Lifecycle
+
+
+class ScriptedCore:
+    """Answer every request with one token a step, `num_steps` steps; `stuck` blocks a step, `deadly` makes it raise."""
+
+    def __init__(self, num_steps: int = 10**6) -> None:
+        self.runner = SimpleNamespace(warm_up=lambda: None)
+        self.stuck = threading.Event()
+        self.release = threading.Event()
+        self.deadly = threading.Event()
+        self._num_steps = num_steps
+        self._left: dict[str, int] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def add(self, request: GenerateRequest, arrival: float) -> None:
+        self._left[request.request_id] = self._num_steps
+
+    def cancel(self, request_id: str, error: MotleyError) -> RequestEvent | None:
+        return RequestEvent(request_id, error=error) if self._left.pop(request_id, None) is not None else None
+
+    def expire(self) -> list[RequestEvent]:
+        return []
+
+    def step(self) -> list[RequestEvent]:
+        if self.deadly.is_set():
+            raise RuntimeError("planted")
+        if self.stuck.is_set():
+            self.release.wait(30)
+        time.sleep(0.002)
+        return [self._advance(request_id) for request_id in list(self._left)]
+
+    def fail_all(self, error: MotleyError) -> list[RequestEvent]:
+        return [event for request_id in list(self._left) if (event := self.cancel(request_id, error)) is not None]
+
+    def _advance(self, request_id: str) -> RequestEvent:
+        self._left[request_id] -= 1
+        usage = None
+        if self._left[request_id] == 0:
+            del self._left[request_id]
+            usage = Usage(1, self._num_steps, 0)
+        return RequestEvent(request_id, (CandidateDelta(0, "x", (1,)),), usage=usage)
+
+
+class Callers:
+    """Requests in flight, how they ended, and how many gave their leases back."""
+
+    def __init__(self, engine: Engine, count: int) -> None:
+        self.num_ended = 0
+        sampling = SamplingParams(max_new_tokens=1)
+        streams = [engine.submit(GenerateRequest(f"r{i}", "local", (1,), sampling), self._end) for i in range(count)]
+        self._readers = [asyncio.ensure_future(self._read(stream)) for stream in streams]
+
+    async def outcomes(self) -> list[str]:
+        return [await reader for reader in self._readers]
+
+    def _end(self) -> None:
+        self.num_ended += 1
+
+    async def _read(self, stream: Any) -> str:
+        try:
+            async for event in stream:
+                if event.usage is not None:
+                    return "finished"
+        except UnavailableError as error:
+            return error.reason if error.retry_after_seconds else "no time to come back"
+        return "ended without usage"
+
+
+def start(core: ScriptedCore) -> Engine:
+    make_core: Any = lambda: core  # noqa: E731
+    engine = Engine(make_core, EngineSettings(max_running=4, max_waiting=4))
+    engine.start()
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CANCEL_SECONDS", 0.5)
+    monkeypatch.setattr(engine_module, "STOP_SECONDS", 0.5)
+
+
+def test_a_drain_waits_for_what_runs() -> None:
+    async def scenario() -> None:
+        engine = start(ScriptedCore(num_steps=30))
+        callers = Callers(engine, 3)
+        report = await engine.drain(20)
+        assert (report.num_finished, report.num_cancelled) == (3, 0)
+        assert await callers.outcomes() == ["finished"] * 3
+        await engine.stop()
+        assert engine.has_ended
+        assert callers.num_ended == 3
+
+    asyncio.run(scenario())
+
+
+def test_what_outlives_a_drain_hears_that_the_server_drains() -> None:
+    async def scenario() -> None:
+        engine = start(ScriptedCore())
+        callers = Callers(engine, 3)
+        report = await engine.drain(0.1)
+        assert (report.num_finished, report.num_cancelled) == (0, 3)
+        assert await callers.outcomes() == ["DRAINING"] * 3
+        assert callers.num_ended == 3
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_stuck_engine_keeps_neither_drain_nor_stop_nor_callers() -> None:
+    async def scenario() -> None:
+        core = ScriptedCore()
+        engine = start(core)
+        core.stuck.set()
+        callers = Callers(engine, 2)
+        began = time.monotonic()
+        await engine.drain(0.1)
+        assert await callers.outcomes() == ["DRAINING"] * 2
+        await engine.stop()
+        assert time.monotonic() - began < 5
+        assert not engine.has_ended
+        core.release.set()  # what it still says of those requests is nobody's business any more
+        await asyncio.sleep(0.1)
+
+    asyncio.run(scenario())
+
+
+def test_a_second_signal_ends_the_patience_of_a_drain() -> None:
+    async def scenario() -> None:
+        engine = start(ScriptedCore())
+
+        async def announce() -> None:
+            return None
+
+        lifecycle = Lifecycle(engine, 60, announce)
+        callers = Callers(engine, 2)
+        lifecycle.interrupt()
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        lifecycle.interrupt()
+        await lifecycle.wait_drained()
+        assert time.monotonic() - began < 5
+        assert await callers.outcomes() == ["DRAINING"] * 2
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_dies_fails_its_callers_and_says_so() -> None:
+    async def scenario() -> None:
+        core = ScriptedCore()
+        engine = start(core)
+        callers = Callers(engine, 2)
+        core.deadly.set()
+        async with asyncio.timeout(5):
+            await engine.wait_ended()
+        assert await callers.outcomes() == ["ENGINE_STOPPED"] * 2
+        assert callers.num_ended == 2
+        with pytest.raises(UnavailableError, match="has stopped"):
+            Callers(engine, 1)
+
+    asyncio.run(scenario())
+
+
+def test_requests_beyond_the_bound_are_refused_and_those_within_are_not() -> None:
+    async def scenario() -> None:
+        engine = start(ScriptedCore())
+        Callers(engine, 8)
+        with pytest.raises(ResourceExhaustedError) as caught:
+            Callers(engine, 1)
+        assert caught.value.reason == "QUEUE_FULL"
+        await engine.drain(0)
+        await engine.stop()
+
+    asyncio.run(scenario())
