@@ -111,7 +111,10 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
 
 
 async def run(config: ServerConfig) -> int:
-    """Serve until SIGTERM, SIGINT or a Drain, and return the exit status."""
+    """Serve until SIGTERM, SIGINT or a Drain, and return the exit status.
+
+    Semantics: 0 after a drain; 1 if the engine died, or is so stuck that it had to be left behind.
+    """
     app = await build(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,9 +132,6 @@ async def run(config: ServerConfig) -> int:
     for waiting in (drained, died):
         waiting.cancel()
     await app.stop()
-    for number in (signal.SIGTERM, signal.SIGINT):  # all is done: an impatient second signal must not make it a failure
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
     return 0 if is_clean and app.engine.has_ended else 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -46,9 +47,12 @@ def _run(config: ServerConfig) -> int:
 
     prepare_process(os.environ, config.log_level)
     try:
-        return asyncio.run(run(config))
+        status = asyncio.run(run(config))
     except (StartError, OSError) as error:
         raise _refuse(error) from error
+    for number in (signal.SIGTERM, signal.SIGINT):  # all is done: an impatient signal must not make it a failure
+        signal.signal(number, signal.SIG_IGN)
+    return status
 
 
 def _refuse(error: Exception) -> typer.Exit:

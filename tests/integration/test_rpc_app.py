@@ -211,3 +211,19 @@ def test_a_server_shows_metrics_and_ends_after_a_drain(
 
     with caplog.at_level("INFO"):
         assert asyncio.run(scenario()) == 0
+
+
+def test_a_server_whose_engine_dies_ends_with_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from motley_server.engine.core import EngineCore
+
+    def die(core: EngineCore) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(EngineCore, "expire", die)
+    flags = {"listen": "127.0.0.1:0", "metrics": "", "data_dir": str(tmp_path)}
+
+    async def scenario() -> int:
+        async with asyncio.timeout(30):
+            return await run(resolve({"MOTLEY_ENGINE_KV_CACHE_BYTES": str(2**24)}, flags))
+
+    assert asyncio.run(scenario()) == 1
