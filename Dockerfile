@@ -1,10 +1,11 @@
 # The server with the embedded base, as a non-root user. Builds from a checkout: `docker build -t motley .`
 #
-# torch is the CPU build unless TORCH_INDEX names another: an empty TORCH_INDEX takes the default index's build, which brings CUDA.
+# torch is the default index's build, which brings CUDA and several GB; for a small image, `--build-arg TORCH_INDEX=` with
+# the address of PyTorch's index of CPU builds.
 ARG PYTHON_VERSION=3.12
 
 FROM python:${PYTHON_VERSION}-slim AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # torch first and alone, so that a change of our own code does not fetch it again; the cap is that of pyproject.toml.
 RUN python -m venv /opt/motley \
