@@ -5,7 +5,9 @@ The work: a random bf16 Llama of 100 M parameters (hidden 768, FFN 2048, 12 laye
 same prompts, threads and wait policy, runs once to warm up, and then in turns with the others, `--rounds` times; the
 table gives medians of tokens per second of answers.
 
-`--staggered` arrivals: one request every 50 ms. A static batcher (transformers) takes whoever has arrived whenever it
+transformers and PEFT are told to make 48 tokens at least (one small operation a step); Motley's requests name no end.
+
+Staggered arrivals: one request every 50 ms. A static batcher (transformers) takes whoever has arrived whenever it
 is free.
 """
 
