@@ -149,9 +149,9 @@ def test_a_caller_that_goes_away_cancels_its_request_and_returns_its_leases(stre
 def test_a_reader_that_stops_reading_is_cut_off_when_its_queue_is_full() -> None:
     async def scenario() -> None:
         async with serving(reader_queue_events=20) as shell:
-            # More than the wire's own buffers hold, so that the unread rest stays with the server.
+            # 19 MB, more than the wire's own windows grow to, so that the unread rest stays with the server.
             request = stream_request("hello", "alpha", max_new_tokens=240, n=16, logprobs=1)
-            shell.engine.padding = 1000
+            shell.engine.padding = 5_000
             call = shell.inference.GenerateStream(request)
             await call.read()
             await eventually(lambda: len(shell.engine.cancelled) == 1)

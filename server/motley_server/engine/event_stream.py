@@ -29,6 +29,7 @@ class RequestEventStream:
         self._error: MotleyError | None = None
         self._has_ended = False  # the engine is done with the request
         self._is_closed = False  # the reader is
+        self._is_cancelled = False  # and has told the engine so, which it does once
 
     def push(self, event: RequestEvent) -> None:
         """Take the next event from the engine."""
@@ -70,8 +71,7 @@ class RequestEventStream:
 
     async def aclose(self) -> None:
         """Cancel the request unless it has ended; closing twice is harmless."""
-        if not self._is_closed and not self._has_ended:
-            self._cancel(self._request_id)
+        self._cancel_once()
         self._is_closed = True
         self._arrived.set()
 
@@ -79,5 +79,9 @@ class RequestEventStream:
         self._events.clear()
         message = f"the reader left {self._max_events} events unread; its request was cancelled"
         self._error = ResourceExhaustedError(message, reason="SLOW_READER")
-        if not self._has_ended:
+        self._cancel_once()
+
+    def _cancel_once(self) -> None:
+        if not self._has_ended and not self._is_cancelled:
+            self._is_cancelled = True
             self._cancel(self._request_id)
