@@ -50,7 +50,10 @@ class EventStream(Protocol):
 
 
 class EngineFront(Protocol):
-    """Submit requests, read their events, ask how the engine is. Every method is called on the event loop's thread."""
+    """Submit requests, read their events, ask how the engine is.
+
+    Every method is called on the event loop's thread, but for `stats`, which a scrape of the metrics calls on its own.
+    """
 
     def submit(self, request: GenerateRequest, on_end: Callable[[], None]) -> EventStream:
         """Put a request in the mailbox and return its events, ending after the last.

@@ -27,7 +27,7 @@ class StepReport:
 class RequestReport:
     """One request that ended.
 
-    Units: seconds. `outcome` is stop, length, cancelled, deadline, rejected or error; candidates that ended differently
+    Units: seconds. `outcome` is stop, length, score, cancelled, deadline or error; candidates that ended differently
     count as `length` if any did.
     """
 

@@ -60,6 +60,11 @@ class RequestState:
         """Return the sequence of candidate 0."""
         return self._new_sequence()
 
+    def note_scheduled(self) -> None:
+        """Note that the request is no longer waiting."""
+        if self._started is None:
+            self._started = time.monotonic()
+
     def fork(self) -> list[Sequence]:
         """Return the sequences of the other candidates, once; nothing before candidate 0 has computed the prompt."""
         if len(self._detokenizers) == self.request.sampling.n or not self._num_output_tokens:
@@ -139,11 +144,6 @@ class RequestState:
     def _note_start(self, sequence: Sequence) -> None:
         if sequence.index == 0:
             self._num_cached_tokens = sequence.num_cached_tokens
-
-    def note_scheduled(self) -> None:
-        """Note that the request is no longer waiting."""
-        if self._started is None:
-            self._started = time.monotonic()
 
     def _report(self, outcome: str) -> None:
         now = time.monotonic()
