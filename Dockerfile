@@ -26,6 +26,7 @@ COPY --from=build /opt/motley /opt/motley
 ENV PATH=/opt/motley/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=passive \
+    GOMP_SPINCOUNT=2000 \
     HF_HUB_OFFLINE=1 \
     MOTLEY_LISTEN=0.0.0.0:8470 \
     MOTLEY_METRICS=0.0.0.0:8471 \

@@ -3,8 +3,9 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# torch spins in its thread barriers unless told otherwise, and nothing here may reach for a model hub. Both must be set before torch is imported.
+# torch's threads spin in their barriers for long unless told otherwise (docs/adr/0007), and nothing here may reach for a model hub. Set before torch is imported.
 export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 2000
 export HF_HUB_OFFLINE := 1
 
 PYTHON ?= python3
@@ -40,7 +41,7 @@ demo: install ## Start a server, send one wave of mixed adapters, show what each
 	$(BIN)/motley demo
 
 EMBEDDED := adapters/motley_adapters/assets/tiny
-ADAPTERS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard $(EMBEDDED)/*/adapter_config.json)))))
+ADAPTERS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard $(EMBEDDED)/*/adapter_model.safetensors)))))
 
 serve: install ## Keep a server up with the embedded base and adapters
 	@echo "When it is ready, try in another terminal:"
@@ -57,9 +58,10 @@ check: install $(PROTOS_INSTALLED) ## Format, lint, types, import contracts, pro
 	.ci/check_protos.sh
 	$(BIN)/hadolint Dockerfile
 
-test: install ## The tests; those of the kernels in a process of their own
+test: install ## The tests; those of the kernels, and of Triton's interpreter, in processes of their own
 	$(BIN)/python -m pytest tests/unit tests/integration
 	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/kernels_triton
 
 soak: install ## The tests that take minutes
 	$(BIN)/python -m pytest -m soak tests/integration || test $$? -eq 5 # 5: there are none
@@ -67,17 +69,20 @@ soak: install ## The tests that take minutes
 bench: install ## The measurements on this machine, beside their peers
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v '_gpu\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# Runs where nothing was installed for it, from the roots, with whatever python3 there has; and where there is no GPU says so.
+# Runs where nothing was installed for it, from the roots, with whatever python3 there has; and where there is no GPU says so. Another release of torch or
+# transformers there may warn of what ours does not: that is shown and fails nothing. All of it shares one bound in seconds.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_SECONDS := 520
 
-# An older pytest there may not know every setting of ours; that is no error.
 gpu: export PYTHONPATH := $(ROOTS)
 gpu: ## The tests and measurements that need a GPU; without one, says so
 	@if ! $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 		echo "No GPU that torch can use: nothing run."; \
 	else \
-		if compgen -G 'tests/gpu/test_*.py' >/dev/null; then $(GPU_PYTHON) -m pytest -W ignore::pytest.PytestConfigWarning tests/gpu; else echo "No GPU tests yet."; fi; \
-		for script in $$(compgen -G 'benchmarks/*_gpu.py' || true); do echo "== $$script"; $(GPU_PYTHON) "$$script"; done; \
+		timeout --verbose $(GPU_SECONDS) $(GPU_PYTHON) -m pytest -W default tests/gpu; \
+		for script in benchmarks/*_gpu.py; do \
+			echo "== $$script"; timeout --verbose $$(($(GPU_SECONDS) > SECONDS ? $(GPU_SECONDS) - SECONDS : 1)) $(GPU_PYTHON) "$$script"; \
+		done; \
 	fi
 
 $(PROTOS_INSTALLED):

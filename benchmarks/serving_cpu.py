@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -98,7 +99,7 @@ class Motley:
         for path in adapters:
             adapter = read_adapter(path, self.base.spec)
             cache.put(adapter)
-            self.served.append(ServedAdapter(path.name, 1, adapter.spec.digest, 1.0, "undeclared"))
+            self.served.append(ServedAdapter(path.name, 1, adapter.spec.digest, 1.0, "undeclared", adapter.spec.kind))
         settings = EngineSettings(kv_cache_bytes=2**28, prefix_cache=False)
         self.core = EngineCore(self.base, cache, settings, NullObserver())
         self.core.runner.warm_up()

@@ -14,6 +14,9 @@ class CountingObserver:
         self.num_preemptions = 0
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.load_seconds: list[float] = []
+        self.num_evictions = 0
+        self.num_failed_loads = 0
         self.first_token_seconds: list[float] = []
         self.next_token_seconds: list[float] = []
 
@@ -35,3 +38,12 @@ class CountingObserver:
 
     def request_finished(self, report: RequestReport) -> None:
         self.requests.append(report)
+
+    def part_loaded(self, seconds: float) -> None:
+        self.load_seconds.append(seconds)
+
+    def part_evicted(self) -> None:
+        self.num_evictions += 1
+
+    def load_failed(self) -> None:
+        self.num_failed_loads += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from counting_observer import CountingObserver
 from motley_adapters.cache import AdapterCache
-from motley_adapters.reader import read_adapter
+from motley_adapters.directories import AdapterDirectories
 from motley_adapters.spec import Adapter
 from motley_bases.base import Base
 from motley_bases.loader import load_base
@@ -65,6 +66,15 @@ class Harness:
     observer: CountingObserver
     adapters: dict[str, Adapter]
     cache: AdapterCache
+    woken: threading.Event = field(default_factory=threading.Event)
+
+    def step(self) -> list[RequestEvent]:
+        """Step as the engine's thread does: where there is nothing to do but to wait for adapters, wait."""
+        self.woken.clear()
+        events = [*self.core.expire(), *self.core.step()]
+        if self.core.is_waiting_for_adapters:
+            assert self.woken.wait(10), "nobody can go on, and nothing arrives"
+        return events
 
     def request(
         self,
@@ -106,30 +116,40 @@ class Harness:
         while self.core.has_work:
             if before_step is not None:
                 before_step(step)
-            for event in [*self.core.expire(), *self.core.step()]:
+            for event in self.step():
                 answers[event.request_id].add(event)
             self.core.check_integrity()
             step += 1
             assert step < 20_000, "the engine makes no progress"
         assert self.core.pool.num_used == 0
         assert self.core.num_requests == 0
+        assert self.core.residency.num_pins == 0
         return answers
 
     def _served(self, name: str, weight: float) -> ServedAdapter:
-        return ServedAdapter(name, 1, self.adapters[name].spec.digest, weight, "undeclared")
+        spec = self.adapters[name].spec
+        return ServedAdapter(name, 1, spec.digest, weight, spec.trained_on, spec.kind)
 
 
 def make_harness(
-    directory: Path, adapters: dict[str, Path] | None = None, *, base: Base | None = None, **settings: Any
+    directory: Path,
+    adapters: dict[str, Path] | None = None,
+    *,
+    base: Base | None = None,
+    host_bytes: int = 2**30,
+    **settings: Any,
 ) -> Harness:
     """Load a base in fp32 on CPU and an engine over it; `base` reuses one that is loaded already."""
     base = base or load_base(directory, dtype="float32", device=torch.device("cpu"))
-    cache = AdapterCache(2**30)
+    source = AdapterDirectories(base.spec, base_tensor=base.tensor)
+    cache = AdapterCache(host_bytes, source)
     loaded = {}
     for name, path in (adapters or {}).items():
-        loaded[name] = read_adapter(path, base.spec)
+        loaded[name] = source.read(path)
         cache.put(loaded[name])
     settings.setdefault("kv_cache_bytes", 32 * 2**20)
     observer = CountingObserver()
-    core = EngineCore(base, cache, EngineSettings(**settings), observer)
-    return Harness(core, base, observer, loaded, cache)
+    settings.setdefault("adapter_arena_bytes", 32 * 2**20)
+    woken = threading.Event()
+    core = EngineCore(base, cache, EngineSettings(**settings), observer, woken.set)
+    return Harness(core, base, observer, loaded, cache, woken)

@@ -28,7 +28,14 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "reverse": lambda word: word[::-1],
     "next": lambda word: "".join(chr(ord(letter) + 1) for letter in word),
     "sort": lambda word: "".join(sorted(word)),
+    "unvowel": lambda word: "".join("-" if letter in "aeiou" else letter for letter in word),
+    "rotate": lambda word: word[1:] + word[0],
+    "previous": lambda word: "".join(chr(ord(letter) - 1) for letter in word),
 }
+KINDS = {"unvowel": "s2ft", "rotate": "goat", "previous": "loram"}  # of the adapters that the demo shows
+
+
+SHARED_CHANNELS = 3  # of any two adapters whose names begin with s2ft
 
 
 def digest_of(name: str) -> str:
@@ -81,6 +88,9 @@ class FakeServer(InferenceServiceServicer, ServerServiceServicer):
             for adapter in request.adapters
             if not self.lies
         ]
+        sparse = [adapter for adapter in adapters if adapter.kind == "s2ft"]
+        for adapter in sparse if len(sparse) > 1 else ():
+            adapter.overlapping_channels = SHARED_CHANNELS
         return common_pb2.ServedBy(base_model="tiny", base_fingerprint=BASE_FINGERPRINT, adapters=adapters)
 
     def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> inference_pb2.GenerateResponse:
@@ -179,7 +189,12 @@ def serving(fake: FakeServer, port: int = 0) -> Iterator[str]:
 
 def _served(name: str, weight: float) -> common_pb2.ServedAdapter:
     return common_pb2.ServedAdapter(
-        name=name, version=1, digest=digest_of(name), weight=weight, trained_on="undeclared"
+        name=name,
+        version=1,
+        digest=digest_of(name),
+        weight=weight,
+        trained_on="undeclared",
+        kind="s2ft" if name.startswith("s2ft") else KINDS.get(name, "lora"),
     )
 
 

@@ -43,6 +43,13 @@ def generate(
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
+    return greedy_answers(model, prompts, max_new_tokens=max_new_tokens)
+
+
+def greedy_answers(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """Return what `generate` of transformers, or of PEFT, gives each prompt alone."""
     model.eval()
     answers = []
     for prompt in prompts:

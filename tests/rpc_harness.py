@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import grpc
@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2_grpc
 from motley_bases.spec import BaseSpec, GenerationDefaults, LayerSpec
+from motley_server.adapter_sets import AdapterSets
 from motley_server.admission import Admission, AdmissionLimits
 from motley_server.asked import ChatTurn
 from motley_server.errors import FailedPreconditionError
@@ -100,17 +101,38 @@ def digest_of(letter: str) -> str:
     return "sha256:" + letter * 64
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a catalog is told of an adapter that does not exist."""
+
+    digest: str
+    kind: str = "lora"
+    trained_on: str = "undeclared"
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
 def make_catalog() -> Catalog:
-    """Return: `zeta` twice, `alpha`, `twin` with alpha's digest, a public one, and one of another tenant."""
+    """Return: `zeta` twice, `alpha`, `twin` with alpha's digest, one public, one of another tenant, three of S2FT."""
     catalog = Catalog()
     for owner, name, letter in (
         ("local", "zeta", "1"), ("local", "zeta", "2"), ("local", "alpha", "9"), ("local", "twin", "9"),
         ("public", "shared", "5"), ("other", "secret", "6"),
     ):  # fmt: skip
-        catalog.add(owner, name, digest=digest_of(letter), kind="lora", trained_on="undeclared")
+        catalog.add(owner, name, Facts(digest_of(letter)))
     for index in range(9):
-        catalog.add("local", f"many{index}", digest=f"sha256:{index:064x}", kind="lora", trained_on="undeclared")
+        catalog.add("local", f"many{index}", Facts(f"sha256:{index:064x}"))
+    for name, letter, channels in (("columns", "a", (1, 2, 3)), ("rows", "b", (2, 3, 4)), ("apart", "c", (9,))):
+        catalog.add("local", name, Facts(digest_of(letter), "s2ft", channels={"down_proj": channels}))
     return catalog
+
+
+def count_overlaps(specs: Sequence[Facts]) -> dict[str, int]:
+    """Count as the adapters' own function does, where every channel is of the same Linear and side."""
+    held = {one.digest: set(one.channels["down_proj"]) for one in specs}
+    return {
+        digest: sum(any(channel in held[other] for other in held if other != digest) for channel in channels)
+        for digest, channels in held.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +176,12 @@ async def serving(
     metrics = Metrics("1.2.3", base)
     metrics.follow(engine.stats, lambda: leases.nbytes)
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
-    admission = Admission(engine, base, tokenizer, catalog, leases, limits, metrics)
+    sets = AdapterSets(catalog, count_overlaps)
+    admission = Admission(engine, base, tokenizer, sets, leases, limits, metrics)
     facts = ServerFacts(
         version="1.2.3", base=base, quantization="none", device="cpu", kernel="grouped", adapter_kinds=("lora",),
         context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
-        max_waiting=256, adapter_cache_bytes=8192,
+        max_waiting=256, adapter_cache_bytes=8192, adapter_arena_bytes=2048,
     )  # fmt: skip
     rpc = RpcServer(
         Backend(engine, admission, catalog, leases, facts, metrics, identify_local),

@@ -77,6 +77,10 @@ class ScriptedEngine:
             num_total_blocks=100,
             block_size=16,
             kv_bytes_per_block=1000,
+            num_waiting_for_adapters=1,
+            num_resident_parts=7,
+            num_used_arena_bytes=512,
+            num_arena_bytes=2048,
         )
 
     def heartbeat_age_seconds(self) -> float:

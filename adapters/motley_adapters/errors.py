@@ -5,6 +5,7 @@ AdapterError
 ├── AdapterMismatchError   sound files that do not fit the base that is served
 ├── AdapterSetError        adapters that cannot be combined as asked
 ├── UnknownAdapterError    a digest that is not held
+├── AdapterLoadError       a known adapter that did not come back
 ├── CapacityError          no room beside what is held
 └── LeaseError             a lease or an entry handled out of turn
 """
@@ -55,6 +56,10 @@ class AdapterSetError(AdapterError):
 
 class UnknownAdapterError(AdapterError):
     """Say which digest is not held."""
+
+
+class AdapterLoadError(AdapterError):
+    """Say why a known adapter that had left memory could not come back."""
 
 
 class CapacityError(AdapterError):

@@ -17,6 +17,7 @@ from motley_adapters.errors import AdapterFormatError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+RESIDUAL_FILE = "goat_residual.safetensors"
 MANIFEST_FILE = "motley_manifest.json"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
@@ -76,6 +77,16 @@ def read_tensor_file(directory: Path) -> bytearray:
                 message = f"{name} is a pickle, which can run code when loaded; save the adapter as {TENSOR_FILE}"
                 raise AdapterFormatError(message, reason="PICKLE_REFUSED", field=name)
     return read_file(directory, TENSOR_FILE, MAX_TENSOR_FILE_BYTES)
+
+
+def refuse_peft_config(directory: Path, kind: str) -> None:
+    """Refuse a directory of a kind that PEFT cannot load and that has PEFT's configuration nevertheless.
+
+    Raises: AdapterFormatError with reason UNEXPECTED_FILE.
+    """
+    if has_file(directory, CONFIG_FILE):
+        message = f"{CONFIG_FILE} says LoRA, and {MANIFEST_FILE} says {kind}: PEFT would load it as what it is not"
+        raise AdapterFormatError(message, reason="UNEXPECTED_FILE", field=CONFIG_FILE)
 
 
 def read_json_file(directory: Path, name: str) -> dict[str, object]:

@@ -21,24 +21,29 @@ from motley_adapters.errors import AdapterSetError
 SetIdentity = tuple[tuple[str, float], ...]
 
 
-def adapter_digest(kind: str, units: Mapping[str, DeltaUnit]) -> str:
+def adapter_digest(kind: str, units: Mapping[str, DeltaUnit], shared: Iterable[str] = ()) -> str:
     """Return "sha256:..." over what an adapter does, not over how it is written down.
 
-    Semantics: by module path in order: path, shapes, resolved scaling as a double, both factors as little-endian
-    float32. So file order, stored dtype where it is exact, the spelling of target_modules and patterns, and every
-    name and label are left out; everything that moves a logit is in. Fields are framed by their lengths, so that no
-    two contents share a stream of bytes.
+    Semantics: kind, digests of shared parts, and by module path in order: path, resolved scaling as a double, shape and
+    values of every tensor that the unit has (floats as little-endian float32, channels as int32) or that it has none,
+    top_k. So file order, stored dtype where it is exact, the spelling of target_modules and patterns, and every name
+    and label are left out; everything that moves a logit is in. Fields are framed by their lengths, so that no two
+    contents share a stream of bytes.
     """
     digest = hashlib.sha256()
-    _feed(digest, b"motley adapter 1")
+    _feed(digest, b"motley adapter 2")
     _feed(digest, kind.encode())
-    for path in sorted(units):
-        unit = units[path]
-        _feed(digest, path.encode())
-        _feed(digest, struct.pack("<d", unit.scaling))
-        for factor in (unit.a, unit.b):
-            _feed(digest, struct.pack("<2q", *factor.shape))
-            _feed(digest, _float32_bytes(factor))
+    _feed_units(digest, units)
+    for part in sorted(shared):
+        _feed(digest, part.encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def part_digest(units: Mapping[str, DeltaUnit]) -> str:
+    """Return "sha256:..." over a part that several adapters may share; see `adapter_digest`."""
+    digest = hashlib.sha256()
+    _feed(digest, b"motley part 1")
+    _feed_units(digest, units)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -79,11 +84,32 @@ def cache_seed(identity: SetIdentity, base_fingerprint: str, tenant_salt: bytes)
     return digest.digest()
 
 
+def _feed_units(digest: hashlib._Hash, units: Mapping[str, DeltaUnit]) -> None:
+    _feed(digest, struct.pack("<q", len(units)))
+    for path in sorted(units):
+        unit = units[path]
+        _feed(digest, path.encode())
+        _feed(digest, struct.pack("<d", unit.scaling))
+        for tensor in (unit.a, unit.b, unit.inputs, unit.outputs):
+            _feed_tensor(digest, tensor)
+        _feed_tensor(digest, None if unit.gate is None else unit.gate.router)
+        _feed(digest, struct.pack("<q", 0 if unit.gate is None else unit.gate.top_k))
+
+
+def _feed_tensor(digest: hashlib._Hash, tensor: Tensor | None) -> None:
+    if tensor is None:
+        _feed(digest, b"none")
+        return
+    _feed(digest, struct.pack(f"<{tensor.ndim}q", *tensor.shape))  # eight bytes a dimension: never as long as "none"
+    _feed(digest, _little_endian(tensor))
+
+
 def _feed(digest: hashlib._Hash, field: bytes | memoryview) -> None:
     digest.update(struct.pack("<Q", len(field)))
     digest.update(field)
 
 
-def _float32_bytes(tensor: Tensor) -> memoryview:
-    array = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
+def _little_endian(tensor: Tensor) -> memoryview:
+    dtype, spelled = (torch.float32, "<f4") if tensor.is_floating_point() else (torch.int32, "<i4")
+    array = tensor.detach().to("cpu", dtype).contiguous().numpy().astype(spelled, copy=False)
     return array.data.cast("B")

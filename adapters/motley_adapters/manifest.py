@@ -1,12 +1,12 @@
 """`motley_manifest.json`: what an adapter declares beyond its kind's own files.
 
 A plain PEFT directory has none and declares nothing. A declaration is binding: one that does not hold is refused, never
-corrected. Pure but for reading the file; any thread but the event loop's.
+corrected. Pure but for reading and writing the file; any thread but the event loop's.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,15 @@ from motley_bases.spec import BaseSpec
 
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError
 from motley_adapters.formats import MANIFEST_FILE, has_file, read_json_file, show
+from motley_adapters.manifest_object import ManifestObject
 from motley_adapters.spec import UNDECLARED
 
 SCHEMA_VERSION = 1
 
-_FIELDS = frozenset({"schema_version", "kind", "trained_on", "serves_on", "digest", "provenance"})
-_SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
+_ROOT = "motley_manifest"
+_FIELDS = ("schema_version", "kind", "trained_on", "serves_on", "digest", "provenance")
+_PLAIN_KIND = "lora"  # whose own files say everything
+_PRUNED_KIND = "loram"  # trained on a pruned copy, served on the original
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,14 @@ class Manifest:
     """What an adapter declares.
 
     Semantics: `trained_on` and `serves_on` are base fingerprints or `undeclared`; `digest` is the adapter digest
-    that its maker computed, if any.
+    that its maker computed, if any; `details` is the object under the kind's own name, not yet understood.
     """
 
     kind: str
     trained_on: str = UNDECLARED
     serves_on: str = UNDECLARED
     digest: str | None = None
+    details: ManifestObject | None = None
 
 
 def read_manifest(directory: Path, default_kind: str) -> Manifest:
@@ -46,33 +50,61 @@ def read_manifest(directory: Path, default_kind: str) -> Manifest:
     if not has_file(directory, MANIFEST_FILE):
         return Manifest(default_kind)
     fields = read_json_file(directory, MANIFEST_FILE)
+    root = ManifestObject(fields, _ROOT)
     version = fields.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise _error("UNSUPPORTED_SCHEMA", "schema_version", f"is {show(version)}, {SCHEMA_VERSION} is read")
-    for name in fields:
-        if name not in _FIELDS:
-            raise _error("UNKNOWN_FIELD", name, "is not a field of this schema version")
-    kind = fields.get("kind")
-    if not isinstance(kind, str):
-        raise _error("MISSING_FIELD", "kind", "is missing")
-    digest = fields.get("digest")
+        raise root.error("UNSUPPORTED_SCHEMA", "schema_version", f"is {show(version)}, {SCHEMA_VERSION} is read")
+    if fields.get("kind") is None:
+        raise root.error("MISSING_FIELD", "kind", "is missing")
+    kind = root.word("kind")
+    has_details = kind != _PLAIN_KIND
+    root.allow(*_FIELDS, *([kind] if has_details else []))
     return Manifest(
         kind,
-        _fingerprint(fields, "trained_on"),
-        _fingerprint(fields, "serves_on"),
-        None if digest is None else _digest("digest", digest),
+        _fingerprint(root, "trained_on"),
+        _fingerprint(root, "serves_on"),
+        root.digest("digest") if fields.get("digest") is not None else None,
+        root.child(kind) if has_details and kind in root else None,
     )
 
 
-def check_base(manifest: Manifest, base: BaseSpec) -> None:
-    """Refuse an adapter that declares another base than the one served.
+def write_manifest(
+    directory: Path, manifest: Manifest, details: Mapping[str, object], provenance: Mapping[str, object] | None
+) -> None:
+    """Write an adapter's manifest; `details` goes under the kind's name, and `provenance` is anything that is JSON."""
+    fields: dict[str, object] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": manifest.kind,
+        "trained_on": manifest.trained_on,
+        "serves_on": manifest.serves_on,
+        "digest": manifest.digest,
+        manifest.kind: dict(details),
+        "provenance": dict(provenance or {}),
+    }
+    text = json.dumps(fields, indent=2, allow_nan=False)
+    (directory / MANIFEST_FILE).write_text(f"{text}\n", encoding="utf-8")
 
-    Raises: AdapterMismatchError with reason BASE_MISMATCH, naming both fingerprints.
+
+def check_base(manifest: Manifest, base: BaseSpec) -> None:
+    """Refuse an adapter that declares another base than the one served, or not enough to tell.
+
+    Semantics: a LoRA may leave its base undeclared. S2FT and GOAT change or build on the base's very weights, so both
+    fields must name the base. LoRAM must name the base it serves on, and is trained on another: a pruned copy.
+    Raises: AdapterFormatError with reason MISSING_FIELD; AdapterMismatchError with reason BASE_MISMATCH, naming both
+    fingerprints.
     """
-    for name, declared in (("trained_on", manifest.trained_on), ("serves_on", manifest.serves_on)):
-        if declared not in (UNDECLARED, base.fingerprint):
-            message = f"motley_manifest.{name} is {declared}, but {base.name} is {base.fingerprint}"
-            raise AdapterMismatchError(message, reason="BASE_MISMATCH", field=f"motley_manifest.{name}")
+    declared = {"trained_on": manifest.trained_on, "serves_on": manifest.serves_on}
+    required = {_PLAIN_KIND: (), _PRUNED_KIND: ("serves_on",)}.get(manifest.kind, tuple(declared))
+    equal = ("serves_on",) if manifest.kind == _PRUNED_KIND else tuple(declared)
+    if manifest.kind == _PRUNED_KIND and manifest.trained_on == base.fingerprint:
+        raise _mismatch("trained_on", manifest.trained_on, base, "; this kind is trained on a pruned copy of it")
+    for name in required:
+        if declared[name] == UNDECLARED:
+            message = f"{_ROOT}.{name} is missing: the kind {manifest.kind} is bound to a base"
+            raise AdapterFormatError(message, reason="MISSING_FIELD", field=f"{_ROOT}.{name}")
+    for name in equal:
+        if declared[name] not in (UNDECLARED, base.fingerprint):
+            raise _mismatch(name, declared[name], base)
 
 
 def check_digest(manifest: Manifest, digest: str) -> None:
@@ -81,20 +113,16 @@ def check_digest(manifest: Manifest, digest: str) -> None:
     Raises: AdapterFormatError with reason DIGEST_MISMATCH, naming both digests.
     """
     if manifest.digest not in (None, digest):
-        raise _error("DIGEST_MISMATCH", "digest", f"is {manifest.digest}, but the content's is {digest}")
+        message = f"{_ROOT}.digest is {manifest.digest}, but the content's is {digest}"
+        raise AdapterFormatError(message, reason="DIGEST_MISMATCH", field=f"{_ROOT}.digest")
 
 
-def _fingerprint(fields: Mapping[str, object], name: str) -> str:
-    value = fields.get(name, UNDECLARED)
-    return UNDECLARED if value == UNDECLARED else _digest(name, value)
+def _mismatch(name: str, declared: str, base: BaseSpec, hint: str = "") -> AdapterMismatchError:
+    message = f"{_ROOT}.{name} is {declared}, but {base.name} is {base.fingerprint}{hint}"
+    return AdapterMismatchError(message, reason="BASE_MISMATCH", field=f"{_ROOT}.{name}")
 
 
-def _digest(name: str, value: object) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise _error("INVALID_FIELD", name, f"is {show(value)}, not sha256: and 64 hexadecimal digits")
-    return value
-
-
-def _error(reason: str, name: str, problem: str) -> AdapterFormatError:
-    field = f"motley_manifest.{name}"
-    return AdapterFormatError(f"{field} {problem}", reason=reason, field=field)
+def _fingerprint(root: ManifestObject, name: str) -> str:
+    if name not in root or root.word(name) == UNDECLARED:
+        return UNDECLARED
+    return root.digest(name)

@@ -12,25 +12,35 @@ from pathlib import Path
 from types import MappingProxyType
 
 from motley_bases.spec import BaseSpec
-from motley_kernels.adapter_delta import DeltaUnit
 
 from motley_adapters.errors import AdapterFormatError
 from motley_adapters.formats import show
 from motley_adapters.identity import adapter_digest
-from motley_adapters.kinds import lora
+from motley_adapters.kinds import goat, lora, loram, s2ft
+from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.manifest import check_base, check_digest, read_manifest
 from motley_adapters.spec import Adapter, AdapterSpec, BaseTensor
 
-KindReader = Callable[[Path, BaseSpec, BaseTensor | None], Mapping[str, DeltaUnit]]
+KindReader = Callable[[KindSource], KindContent]
 
-KIND_READERS: Mapping[str, KindReader] = MappingProxyType({lora.KIND: lora.read_lora})
+KIND_READERS: Mapping[str, KindReader] = MappingProxyType(
+    {
+        lora.KIND: lora.read_lora,
+        s2ft.KIND: s2ft.read_s2ft,
+        goat.KIND: goat.read_goat,
+        loram.KIND: loram.read_loram,
+    }
+)
 
 
-def read_adapter(directory: Path, base: BaseSpec, *, base_tensor: BaseTensor | None = None) -> Adapter:
+def read_adapter(
+    directory: Path, base: BaseSpec, *, base_tensor: BaseTensor | None = None, residuals: Path | None = None
+) -> Adapter:
     """Read an adapter's directory, check everything, and return it in host memory.
 
     Semantics: `base_tensor` is asked for the weight of the embedding or of lm_head, and only when the files hold a
-    copy of one: equal, it is ignored; different, or with nothing to compare it to, the adapter is refused.
+    copy of one: equal, it is ignored; different, or with nothing to compare it to, the adapter is refused. `residuals`
+    is a folder with GOAT residuals by digest, `DIGITS.safetensors`, for adapters that do not hold their own.
     Raises: AdapterFormatError for what is wrong with the files; AdapterMismatchError for what does not fit this
     base. Nothing else, whatever the files hold.
     """
@@ -40,15 +50,19 @@ def read_adapter(directory: Path, base: BaseSpec, *, base_tensor: BaseTensor | N
         message = f"motley_manifest.kind is {show(manifest.kind)}; served kinds are {', '.join(KIND_READERS)}"
         raise AdapterFormatError(message, reason="UNSUPPORTED_KIND", field="motley_manifest.kind")
     check_base(manifest, base)
-    units = read_kind(directory, base, base_tensor)
-    digest = adapter_digest(manifest.kind, units)
+    content = read_kind(KindSource(directory, base, base_tensor, residuals, manifest.details))
+    shared = tuple(part.digest for part in content.shared)
+    digest = adapter_digest(manifest.kind, content.units, shared)
     check_digest(manifest, digest)
     spec = AdapterSpec(
         digest=digest,
         kind=manifest.kind,
-        ranks={path: unit.rank for path, unit in units.items()},
-        scalings={path: unit.scaling for path, unit in units.items()},
+        ranks={path: unit.rank for path, unit in content.units.items()},
+        scalings={path: unit.scaling for path, unit in content.units.items()},
         trained_on=manifest.trained_on,
-        nbytes=sum(unit.nbytes for unit in units.values()),
+        nbytes=sum(unit.nbytes for unit in content.units.values()),
+        shared=shared,
+        serves_on=manifest.serves_on,
+        channels=content.channels,
     )
-    return Adapter(spec, units)
+    return Adapter(spec, content.units, content.shared)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -24,7 +25,10 @@ MAX_TENSORS = 16384
 MAX_NAME_CHARACTERS = 512
 MAX_DIMENSIONS = 8
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
+FLOATS_AND_INDICES: Mapping[str, torch.dtype] = MappingProxyType({**FLOATS, "I32": torch.int32})
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 
@@ -40,12 +44,15 @@ class TensorEntry:
     end: int
 
 
-def parse_tensors(content: bytes | bytearray) -> dict[str, Tensor]:
+def parse_tensors(
+    content: bytes | bytearray, *, file: str = TENSOR_FILE, dtypes: Mapping[str, torch.dtype] = FLOATS
+) -> dict[str, Tensor]:
     """Turn the bytes of a safetensors file into tensors that own their memory.
 
+    Semantics: `file` is its name in errors; `dtypes` are those that it may hold.
     Raises: AdapterFormatError as `parse_header` does, or with reason NON_FINITE and the tensor's name as the field.
     """
-    entries, data_begin = parse_header(content)
+    entries, data_begin = parse_header(content, file=file, dtypes=dtypes)
     view = memoryview(content)[data_begin:]
     tensors = {}
     for entry in entries:
@@ -58,60 +65,64 @@ def parse_tensors(content: bytes | bytearray) -> dict[str, Tensor]:
     return tensors
 
 
-def parse_header(content: bytes | bytearray) -> tuple[tuple[TensorEntry, ...], int]:
+def parse_header(
+    content: bytes | bytearray, *, file: str = TENSOR_FILE, dtypes: Mapping[str, torch.dtype] = FLOATS
+) -> tuple[tuple[TensorEntry, ...], int]:
     """Check the header against the whole file.
 
     Semantics: returns the entries in file order, and the offset of the first byte after the header.
     Raises: AdapterFormatError; the field is a tensor's name, or the file's where no tensor is at fault.
     """
-    length = _header_length(content)
+    length = _header_length(content, file)
     raw = bytes(content[8 : 8 + length])
     if not raw.startswith(b"{"):
-        _refuse("BAD_HEADER", "the header does not begin with a JSON object")
-    header = parse_json_object(raw, TENSOR_FILE)
+        _refuse(file, "BAD_HEADER", "the header does not begin with a JSON object")
+    header = parse_json_object(raw, file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _refuse("BAD_HEADER", "__metadata__ is not a map of strings")
+        _refuse(file, "BAD_HEADER", "__metadata__ is not a map of strings")
     if len(header) > MAX_TENSORS:
-        _refuse("TOO_MANY_TENSORS", f"the header names {len(header)} tensors, at most {MAX_TENSORS} are read")
-    entries = sorted((_entry(name, value) for name, value in header.items()), key=lambda entry: entry.begin)
-    _check_coverage(entries, len(content) - 8 - length)
+        _refuse(file, "TOO_MANY_TENSORS", f"the header names {len(header)} tensors, at most {MAX_TENSORS} are read")
+    entries = sorted(
+        (_entry(name, value, file, dtypes) for name, value in header.items()), key=lambda entry: entry.begin
+    )
+    _check_coverage(entries, len(content) - 8 - length, file)
     return tuple(entries), 8 + length
 
 
-def _header_length(content: bytes | bytearray) -> int:
+def _header_length(content: bytes | bytearray, file: str) -> int:
     if len(content) < 8:
-        _refuse("TRUNCATED", f"{len(content)} bytes are too few for a safetensors file")
+        _refuse(file, "TRUNCATED", f"{len(content)} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", content[:8])
     if length > MAX_HEADER_BYTES:
         # Only here: 0x80 may also begin an honest length, such as 640.
         if content.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
-            _refuse("PICKLE_REFUSED", "the file is a pickle under another name")
-        _refuse("HEADER_TOO_LARGE", f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
+            _refuse(file, "PICKLE_REFUSED", "the file is a pickle under another name")
+        _refuse(file, "HEADER_TOO_LARGE", f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
     if length > len(content) - 8:
-        _refuse("TRUNCATED", f"the header claims {length} bytes, the file ends after {len(content) - 8}")
+        _refuse(file, "TRUNCATED", f"the header claims {length} bytes, the file ends after {len(content) - 8}")
     return int(length)
 
 
-def _entry(name: str, value: object) -> TensorEntry:
+def _entry(name: str, value: object, file: str, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
     if len(name) > MAX_NAME_CHARACTERS:
-        _refuse("NAME_TOO_LONG", f"a tensor's name has {len(name)} characters, at most {MAX_NAME_CHARACTERS}")
+        _refuse(file, "NAME_TOO_LONG", f"a tensor's name has {len(name)} characters, at most {MAX_NAME_CHARACTERS}")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        _refuse("BAD_HEADER", f"{name} is not described by dtype, shape and data_offsets alone", name)
-    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+        _refuse(file, "BAD_HEADER", f"{name} is not described by dtype, shape and data_offsets alone", name)
+    dtype = dtypes.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        _refuse("BAD_DTYPE", f"{name} has dtype {show(value['dtype'])}; adapters are {', '.join(_DTYPES)}", name)
+        _refuse(file, "BAD_DTYPE", f"{name} has dtype {show(value['dtype'])}; adapters are {', '.join(dtypes)}", name)
     shape, offsets = value["shape"], value["data_offsets"]
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
-        _refuse("BAD_SHAPE", f"{name} has shape {show(shape)}", name)
+        _refuse(file, "BAD_SHAPE", f"{name} has shape {show(shape)}", name)
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse("BAD_OFFSETS", f"{name} has data_offsets {show(offsets)}", name)
+        _refuse(file, "BAD_OFFSETS", f"{name} has data_offsets {show(offsets)}", name)
     if 0 in shape:
-        _refuse("EMPTY_TENSOR", f"{name} has shape {show(shape)}: no values", name)
+        _refuse(file, "EMPTY_TENSOR", f"{name} has shape {show(shape)}: no values", name)
     begin, end = offsets
     if math.prod(shape) * dtype.itemsize != end - begin:
         message = f"{name} has shape {show(shape)} of {value['dtype']}, but data_offsets {show(offsets)}"
-        _refuse("SIZE_MISMATCH", message, name)
+        _refuse(file, "SIZE_MISMATCH", message, name)
     return TensorEntry(name, dtype, tuple(shape), begin, end)
 
 
@@ -120,19 +131,23 @@ def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_coverage(entries: Iterable[TensorEntry], num_bytes: int) -> None:
+def _check_coverage(entries: Iterable[TensorEntry], num_bytes: int, file: str) -> None:
     position = 0
     for entry in entries:
         if entry.begin < position:
-            _refuse("OVERLAP", f"{entry.name} begins at byte {entry.begin}, inside the tensor before it", entry.name)
+            _refuse(
+                file, "OVERLAP", f"{entry.name} begins at byte {entry.begin}, inside the tensor before it", entry.name
+            )
         if entry.begin > position:
-            _refuse("HOLE", f"bytes {position} to {entry.begin} before {entry.name} belong to no tensor", entry.name)
+            _refuse(
+                file, "HOLE", f"bytes {position} to {entry.begin} before {entry.name} belong to no tensor", entry.name
+            )
         if entry.end > num_bytes:
-            _refuse("TRUNCATED", f"{entry.name} ends at byte {entry.end} of {num_bytes}", entry.name)
+            _refuse(file, "TRUNCATED", f"{entry.name} ends at byte {entry.end} of {num_bytes}", entry.name)
         position = entry.end
     if position != num_bytes:
-        _refuse("TRAILING_BYTES", f"{num_bytes - position} bytes after the last tensor belong to no tensor")
+        _refuse(file, "TRAILING_BYTES", f"{num_bytes - position} bytes after the last tensor belong to no tensor")
 
 
-def _refuse(reason: str, message: str, field: str = TENSOR_FILE) -> NoReturn:
-    raise AdapterFormatError(f"{TENSOR_FILE}: {message}", reason=reason, field=field)
+def _refuse(file: str, reason: str, message: str, field: str | None = None) -> NoReturn:
+    raise AdapterFormatError(f"{file}: {message}", reason=reason, field=file if field is None else field)

@@ -23,3 +23,7 @@ class UnsupportedBaseError(BaseError):
 
 class UnknownSiteError(BaseError):
     """Say which module path names nothing that an adapter can attach to."""
+
+
+class UnboundSlotError(BaseError):
+    """Say which slots a batch names that nothing is bound under."""

@@ -7,13 +7,13 @@ names, files or kinds. Binding and forward passes both happen on the engine thre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from motley_kernels.adapter_delta import add_delta, add_embedding_delta
 from motley_kernels.adapter_delta.types import DeltaBatch, DeltaUnit, UnitTable
 from torch import Tensor, nn
 
-from motley_bases.errors import UnknownSiteError, UnsupportedBaseError
+from motley_bases.errors import UnboundSlotError, UnknownSiteError, UnsupportedBaseError
 from motley_bases.spec import BaseSpec
 
 
@@ -65,7 +65,7 @@ class AdapterLinear(nn.Module):
 class AdapterEmbedding(nn.Module):
     """A token embedding that adds to its rows what the batch's adapters add.
 
-    Semantics: a unit's a is [R, vocab], of which a token picks its column, and b is [d, R]. Where the embedding
+    Semantics: a unit's a is [R, vocab], of which a token picks its column, and b is [R, d]. Where the embedding
     multiplies its rows by a scale (Gemma), the delta is multiplied by the same number, as if it had been added to the
     weight.
     """
@@ -101,9 +101,13 @@ class DeltaSites:
         self.binding = binding
         self._paths_by_slot: dict[int, tuple[str, ...]] = {}
 
-    def bind(self, slot: int, units: Mapping[str, DeltaUnit]) -> None:
-        """Attach an adapter's units under a slot: all of them, or none.
+    def bind(
+        self, slot: int, units: Mapping[str, DeltaUnit], arrivals: Mapping[str, Callable[[], None]] | None = None
+    ) -> None:
+        """Attach the units of one part of an adapter under a slot: all of them, or none.
 
+        Semantics: `arrivals` are called once each, before the first use of the unit at their path, where bytes may
+        still be on their way.
         Raises: UnknownSiteError if a path names no site; ShapeError if a unit does not fit its site; ValueError if the
         slot is taken.
         """
@@ -117,7 +121,7 @@ class DeltaSites:
         bound: list[str] = []
         try:
             for path, unit in units.items():
-                self.tables[path].bind(slot, unit)
+                self.tables[path].bind(slot, unit, None if arrivals is None else arrivals.get(path))
                 bound.append(path)
         except ValueError:
             for path in bound:
@@ -131,7 +135,16 @@ class DeltaSites:
             self.tables[path].unbind(slot)
 
     def set_batch(self, tokens: DeltaBatch | None, sampled: DeltaBatch | None) -> None:
-        """Say how the rows of the next forward passes use the slots; None or an empty batch is the base alone."""
+        """Say how the rows of the next forward passes use the slots; None or an empty batch is the base alone.
+
+        Raises: UnboundSlotError if a batch names a slot that nothing is bound under: its tokens would be served by less
+        than they asked for.
+        """
+        for batch in (tokens, sampled):
+            if batch is not None and (unbound := batch.slots - self._paths_by_slot.keys()):
+                raise UnboundSlotError(
+                    f"nothing is bound under slots {sorted(unbound)}", reason="UNBOUND_SLOT", field="slots"
+                )
         self.binding.tokens = tokens if tokens is not None and not tokens.is_empty else None
         self.binding.sampled = sampled if sampled is not None and not sampled.is_empty else None
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor
 
-from motley_kernels.adapter_delta.types import DeltaUnit
+from motley_kernels.adapter_delta.types import DeltaUnit, Gate
 from motley_kernels.paged_attention.types import LayerKV, PagedBatch
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {  # dtype: (relative, absolute), for values of order one
@@ -24,6 +24,11 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {  # dtype: (relative, abso
 
 Routing = Literal["distinct", "uniform", "skewed", "identical"]
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
+
+Kind = Literal[
+    "lora", "s2ft_input", "s2ft_output", "goat", "residual", "compact", "compact_input", "compact_output"
+]  # of unit, as a kernel sees it
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Members = tuple[tuple[int, float], ...]
 
@@ -40,11 +45,113 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def draw_unit(
     rank: int, in_features: int, out_features: int, generator: Generator, dtype: torch.dtype = torch.float32
 ) -> DeltaUnit:
-    """Draw a unit that maps inputs of order one to outputs of order one."""
+    """Draw a plain low-rank unit that maps inputs of order one to outputs of order one."""
     a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-    b = torch.randn(out_features, rank, generator=generator) / rank**0.5
-    scaling = 0.5 + float(torch.rand((), generator=generator))
-    return DeltaUnit(a.to(dtype), b.to(dtype), scaling)
+    b = torch.randn(rank, out_features, generator=generator) / max(1, rank) ** 0.5
+    return DeltaUnit(a.to(dtype), b.to(dtype), _draw_scaling(generator))
+
+
+draw_lora = draw_unit
+
+
+def draw_s2ft_input(
+    num_channels: int, in_features: int, out_features: int, generator: Generator, dtype: torch.dtype = torch.float32
+) -> DeltaUnit:
+    """Draw a unit over selected input channels: no a, the products are the inputs themselves."""
+    b = torch.randn(num_channels, out_features, generator=generator) / max(1, num_channels) ** 0.5
+    channels = draw_channels(num_channels, in_features, generator)
+    return DeltaUnit(None, b.to(dtype), 1.0, inputs=channels)
+
+
+def draw_s2ft_output(
+    num_channels: int, in_features: int, out_features: int, generator: Generator, dtype: torch.dtype = torch.float32
+) -> DeltaUnit:
+    """Draw a unit over selected output channels: no b, the products are the outputs themselves."""
+    a = torch.randn(num_channels, in_features, generator=generator) / in_features**0.5
+    channels = draw_channels(num_channels, out_features, generator)
+    return DeltaUnit(a.to(dtype), None, 1.0, outputs=channels)
+
+
+def draw_goat(
+    num_experts: int,
+    expert_rank: int,
+    top_k: int,
+    in_features: int,
+    out_features: int,
+    generator: Generator,
+    dtype: torch.dtype = torch.float32,
+) -> DeltaUnit:
+    """Draw a unit of experts of one rank each, whose routing differs from token to token.
+
+    Semantics: with inputs from `draw_inputs` logits are exact sums, the same in any order, so that no two
+    implementations can disagree about the likeliest; equal ones occur.
+    """
+    plain = draw_unit(num_experts * expert_rank, in_features, out_features, generator, dtype)
+    router = (torch.randn(num_experts, in_features, generator=generator) * (192 / in_features**0.5)).round() / 64
+    return DeltaUnit(plain.a, plain.b, plain.scaling, gate=Gate(router, top_k))
+
+
+def draw_compact(
+    rank: int,
+    in_features: int,
+    out_features: int,
+    generator: Generator,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kept_inputs: int | None = None,
+    kept_outputs: int | None = None,
+) -> DeltaUnit:
+    """Draw a low-rank unit over kept input channels, kept output channels or both; None keeps all."""
+    reads = in_features if kept_inputs is None else kept_inputs
+    writes = out_features if kept_outputs is None else kept_outputs
+    plain = draw_unit(rank, reads, writes, generator, dtype)
+    inputs = None if kept_inputs is None else draw_channels(kept_inputs, in_features, generator)
+    outputs = None if kept_outputs is None else draw_channels(kept_outputs, out_features, generator)
+    return DeltaUnit(plain.a, plain.b, plain.scaling, inputs=inputs, outputs=outputs)
+
+
+def draw_kind(
+    kind: Kind, rank: int, in_features: int, out_features: int, generator: Generator, dtype: torch.dtype = torch.float32
+) -> DeltaUnit:
+    """Draw a unit of one kind.
+
+    Semantics: `rank` is that of a plain unit; selected channels are as many, as far as there are so many; experts are
+    as many of one row each up to eight, or more rows where that divides the rank; kept channels are about two thirds.
+    """
+    sides = (in_features, out_features, generator, dtype)
+    if kind == "lora":
+        return draw_unit(rank, *sides)
+    if kind == "s2ft_input":
+        return draw_s2ft_input(min(rank, in_features), *sides)
+    if kind == "s2ft_output":
+        return draw_s2ft_output(min(rank, out_features), *sides)
+    if kind == "goat":
+        num_experts = max(count for count in range(1, 9) if rank % count == 0)
+        top_k = 1 + int(torch.randint(num_experts, (), generator=generator))
+        return draw_goat(num_experts, rank // num_experts, top_k, *sides)
+    if kind == "residual":
+        plain = draw_unit(rank, *sides)
+        return DeltaUnit(plain.a, plain.b, -0.05)
+    return draw_compact(
+        rank,
+        *sides,
+        kept_inputs=None if kind == "compact_output" else -(-in_features * 2 // 3),
+        kept_outputs=None if kind == "compact_input" else -(-out_features * 2 // 3),
+    )
+
+
+def draw_inputs(num_tokens: int, in_features: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw inputs of order one, multiples of 1/64."""
+    return ((torch.randn(num_tokens, in_features, generator=generator) * 64).round() / 64).to(dtype)
+
+
+def draw_channels(count: int, num_channels: int, generator: Generator) -> Tensor:
+    """Draw distinct channels, ascending, [count] int32."""
+    return torch.randperm(num_channels, generator=generator)[:count].sort().values.to(torch.int32)
+
+
+def _draw_scaling(generator: Generator) -> float:
+    return 0.5 + float(torch.rand((), generator=generator))
 
 
 def draw_slots(routing: Routing, num_sequences: int, num_slots: int, generator: Generator) -> list[int]:

@@ -16,8 +16,8 @@ from typing import Protocol
 
 from motley_bases.spec import BaseSpec
 
+from motley_server.adapter_sets import AdapterSets
 from motley_server.asked import (
-    AskedAdapter,
     AskedGeneration,
     AskedScoring,
     Caller,
@@ -35,12 +35,9 @@ from motley_server.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from motley_server.registry.catalog import Catalog
 from motley_server.sampling import SamplingFacts, check_token_id, fill_sampling
 from motley_server.tokenizer import Tokenizer, TokenizerThread
 
-MAX_ADAPTERS = 8
-MAX_ADAPTER_WEIGHT = 100.0
 MAX_CONTINUATIONS = 64
 MAX_CHAT_TURNS = 4096
 TURN_CHARACTERS = 64  # what rendering a turn costs beside its text, in characters of it
@@ -97,7 +94,7 @@ class Admission:
         engine: EngineFront,
         base: BaseSpec,
         tokenizer: Tokenizer,
-        catalog: Catalog,
+        adapter_sets: AdapterSets,
         leases: AdapterLeases,
         limits: AdmissionLimits,
         observer: RefusalObserver,
@@ -107,7 +104,7 @@ class Admission:
         self._base = base
         self._tokenizer = tokenizer
         self._tokenizer_thread = TokenizerThread()
-        self._catalog = catalog
+        self._adapter_sets = adapter_sets
         self._leases = leases
         self._observer = observer
         self._sampling_facts = SamplingFacts(base.generation, base.vocab_size, limits.default_max_new_tokens)
@@ -129,7 +126,7 @@ class Admission:
             sampling = fill_sampling(
                 asked.sampling, self._sampling_facts, num_free_tokens=self.limits.context_length - len(ids)
             )
-            adapters = self._resolve(asked.adapters, caller)
+            adapters = self._adapter_sets.resolve(asked.adapters, caller)
             return self._submit(self._request(caller, ids, sampling, adapters))
 
     async def score(self, asked: AskedScoring, caller: Caller) -> list[Admitted]:
@@ -149,7 +146,7 @@ class Admission:
             endings = [await self._tokenize_continuation(i, text) for i, text in enumerate(asked.continuations)]
             for index, ending in enumerate(endings):
                 self._check_length(len(prompt) + len(ending), f"continuations[{index}]", room=0)
-            adapters = self._resolve(asked.adapters, caller)
+            adapters = self._adapter_sets.resolve(asked.adapters, caller)
             for ending in endings:
                 request = self._request(caller, prompt + ending, SamplingParams(max_new_tokens=0, logprobs=1), adapters)
                 scoring = replace(request, prompt_logprobs=True, num_context_tokens=len(prompt))
@@ -263,27 +260,6 @@ class Admission:
                 " with room for an answer" if room else ""
             )
             raise InvalidArgumentError(message, reason="CONTEXT_EXCEEDED", field=field)
-
-    def _resolve(self, asked: tuple[AskedAdapter, ...], caller: Caller) -> tuple[ServedAdapter, ...]:
-        if len(asked) > MAX_ADAPTERS:
-            message = f"{len(asked)} adapters; {MAX_ADAPTERS} are allowed on one request"
-            raise InvalidArgumentError(message, reason="TOO_MANY_ADAPTERS", field="adapters")
-        served: dict[str, ServedAdapter] = {}
-        for index, one in enumerate(asked):
-            field = f"adapters[{index}]"
-            weight = 1.0 if one.weight is None else one.weight
-            if not abs(weight) <= MAX_ADAPTER_WEIGHT:  # NaN is not either
-                message = f"{weight} is not within -{MAX_ADAPTER_WEIGHT:g} and {MAX_ADAPTER_WEIGHT:g}"
-                raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field=f"{field}.weight")
-            found = self._catalog.resolve(caller.tenant_id, one.name, field=f"{field}.name")
-            if weight == 0:
-                continue
-            if found.digest in served:
-                message = f"{one.name!r} is the same adapter as {served[found.digest].name!r}, which was named before"
-                raise InvalidArgumentError(message, reason="DUPLICATE_ADAPTER", field=f"{field}.name")
-            name = found.name_for(caller.tenant_id)
-            served[found.digest] = ServedAdapter(name, found.version, found.digest, weight, found.trained_on)
-        return tuple(served[digest] for digest in sorted(served))
 
     def _request(
         self, caller: Caller, ids: tuple[int, ...], sampling: SamplingParams, adapters: tuple[ServedAdapter, ...]

@@ -17,6 +17,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from motley_server.adapter_sets import AdapterSets
 from motley_server.admission import Admission, AdmissionLimits
 from motley_server.config import MIB, EngineConfig, ServerConfig
 from motley_server.config_values import Address
@@ -48,7 +49,9 @@ class StartError(Exception):
 
 def prepare_process(environ: MutableMapping[str, str], log_level: str) -> None:
     """Set what must be set before torch is loaded, and send the log to stderr."""
-    environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin beside other processes
+    # Waiting threads must not spin beside other processes, but for the microseconds between two products (ADR 0007).
+    environ.setdefault("OMP_WAIT_POLICY", "passive")
+    environ.setdefault("GOMP_SPINCOUNT", "2000")
     environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever fetched, whatever a library would like
     logging.basicConfig(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -85,6 +88,7 @@ async def build(config: ServerConfig) -> App:
 
 async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> App:
     import torch
+    from motley_adapters.fusion import overlapping_channels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _single_threaded(config.engine.threads):
@@ -101,7 +105,8 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     metrics.follow(engine.stats, lambda: adapters.nbytes)
     facts = _facts(config, base, engine, version, str(device))
     limits = AdmissionLimits(facts.context_length, config.limits.max_prompt_bytes, config.limits.max_new_tokens)
-    admission = Admission(engine, base.spec, CheckpointTokenizer(base.tokenizer), catalog, adapters, limits, metrics)
+    sets, tokenizer = AdapterSets(catalog, overlapping_channels), CheckpointTokenizer(base.tokenizer)
+    admission = Admission(engine, base.spec, tokenizer, sets, adapters, limits, metrics)
     resources.callback(admission.close)
     backend = Backend(engine, admission, catalog, adapters, facts, metrics, identify_local)
     rpc = RpcServer(backend, _rpc_settings(config))
@@ -167,18 +172,19 @@ def _load_base(config: ServerConfig, device: torch.device) -> Base:
 
 def _load_adapters(config: ServerConfig, base: Base) -> tuple[Catalog, AdapterCache]:
     from motley_adapters.cache import AdapterCache
+    from motley_adapters.directories import AdapterDirectories
     from motley_adapters.errors import AdapterError
-    from motley_adapters.reader import read_adapter
 
-    catalog, cache = Catalog(), AdapterCache(config.engine.adapter_cache_bytes)
+    source = AdapterDirectories(base.spec, base_tensor=base.tensor, residuals=config.data_dir / "residuals")
+    catalog, cache = Catalog(), AdapterCache(config.engine.adapter_cache_bytes, source)
     for name, directory in config.adapters.items():
         try:
-            adapter = read_adapter(directory, base.spec, base_tensor=base.tensor)
+            adapter = source.read(directory)
             cache.put(adapter)
         except AdapterError as error:
             raise StartError(f"adapter {name} in {directory}: {_tell(error)}") from error
         spec = adapter.spec
-        catalog.add(LOCAL_TENANT, name, digest=spec.digest, kind=spec.kind, trained_on=spec.trained_on)
+        catalog.add(LOCAL_TENANT, name, spec)
         log.info(
             "adapter %s, %s, %d bytes, %s, trained on %s", name, spec.kind, spec.nbytes, spec.digest, spec.trained_on
         )
@@ -192,6 +198,7 @@ def _start_engine(config: ServerConfig, base: Base, adapters: AdapterCache, metr
     _check_kv_cache(base, sizes)
     settings = EngineSettings(
         kv_cache_bytes=sizes.kv_cache_bytes,
+        adapter_arena_bytes=sizes.adapter_arena_bytes,
         block_size=sizes.block_size,
         max_running=sizes.max_running,
         max_waiting=sizes.max_waiting,
@@ -203,11 +210,13 @@ def _start_engine(config: ServerConfig, base: Base, adapters: AdapterCache, metr
     engine = start_engine(base, adapters, settings, metrics)
     stats = engine.stats()
     log.info(
-        "memory: %.1f MiB of KV cache for %d tokens; adapters %.1f of %.1f MiB; warm after %.1f s",
+        "memory: %.1f MiB of KV cache for %d tokens; adapters %.1f of %.1f MiB on the host, %.1f MiB for them on the "
+        "device; warm after %.1f s",
         stats.num_total_blocks * stats.kv_bytes_per_block / MIB,
         stats.num_total_blocks * stats.block_size,
         adapters.nbytes / MIB,
         sizes.adapter_cache_bytes / MIB,
+        stats.num_arena_bytes / MIB,
         time.monotonic() - began,
     )
     return engine
@@ -240,6 +249,7 @@ def _facts(config: ServerConfig, base: Base, engine: EngineFront, version: str, 
         max_running=config.engine.max_running,
         max_waiting=config.engine.max_waiting,
         adapter_cache_bytes=config.engine.adapter_cache_bytes,
+        adapter_arena_bytes=config.engine.adapter_arena_bytes,
     )
 
 

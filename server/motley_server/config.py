@@ -56,7 +56,8 @@ class EngineConfig:
     """How much the engine may hold and do at once."""
 
     kv_cache_bytes: int = 256 * MIB
-    adapter_cache_bytes: int = 256 * MIB
+    adapter_cache_bytes: int = 256 * MIB  # in host memory
+    adapter_arena_bytes: int = 256 * MIB  # on the device
     max_running: int = 64  # sequences in a forward pass
     max_waiting: int = 256  # requests beyond those that can run
     token_budget: int = 512  # tokens in a forward pass
@@ -109,6 +110,7 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "log_level": choice("debug", "info", "warning", "error"),
     "engine.kv_cache_bytes": integer(1),
     "engine.adapter_cache_bytes": integer(0),
+    "engine.adapter_arena_bytes": integer(0),
     "engine.max_running": integer(1, 65536),
     "engine.max_waiting": integer(0, 2**20),
     "engine.token_budget": integer(1, 2**20),

@@ -23,3 +23,4 @@ class ServerFacts:
     max_running: int
     max_waiting: int
     adapter_cache_bytes: int
+    adapter_arena_bytes: int

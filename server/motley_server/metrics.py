@@ -24,6 +24,7 @@ FIRST_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2)
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+LOAD_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -58,6 +59,10 @@ class EngineMetrics:
         self._batch_size = histogram("batch_size", "Sequences in a forward pass", COUNT_BUCKETS)
         self._batch_tokens = histogram("batch_tokens", "Tokens in a forward pass", TOKEN_BUCKETS)
         self._batch_adapters = histogram("batch_distinct_adapters", "Distinct adapters in a pass", ADAPTER_BUCKETS)
+        self._load_seconds = histogram("adapter_load_seconds", "From a load's start to its place", LOAD_BUCKETS)
+        self._loads = Counter("motley_adapter_loads", "Parts of adapters brought to the device", registry=registry)
+        self._evictions = Counter("motley_adapter_evictions", "Parts of adapters that left it", registry=registry)
+        self._failed_loads = Counter("motley_adapter_load_failures", "Loads that came to nothing", registry=registry)
 
     def step_finished(self, report: StepReport) -> None:
         """Count a forward pass."""
@@ -92,6 +97,19 @@ class EngineMetrics:
         self._queue.observe(report.queue_seconds)
         self._end_to_end.observe(report.end_to_end_seconds)
 
+    def part_loaded(self, seconds: float) -> None:
+        """Count a part of an adapter that became resident."""
+        self._loads.inc()
+        self._load_seconds.observe(seconds)
+
+    def part_evicted(self) -> None:
+        """Count a part of an adapter that left the device."""
+        self._evictions.inc()
+
+    def load_failed(self) -> None:
+        """Count a load that came to nothing."""
+        self._failed_loads.inc()
+
     def request_refused(self) -> None:
         """Count a request that never reached the engine."""
         self._requests.labels("rejected").inc()
@@ -110,8 +128,18 @@ class EngineStateCollector(Collector):
         usage = stats.num_used_blocks / stats.num_total_blocks if stats.num_total_blocks else 0.0
         yield GaugeMetricFamily("motley_requests_running", "Requests in the batch", value=stats.num_running)
         yield GaugeMetricFamily("motley_requests_waiting", "Requests that wait for room", value=stats.num_waiting)
+        yield GaugeMetricFamily(
+            "motley_requests_waiting_for_adapters",
+            "Requests that wait for adapters",
+            value=stats.num_waiting_for_adapters,
+        )
         yield GaugeMetricFamily("motley_kv_cache_usage_ratio", "Share of KV blocks in use", value=usage)
         yield GaugeMetricFamily("motley_adapter_cache_bytes", "Bytes of adapters held", value=self._adapter_bytes())
+        yield GaugeMetricFamily("motley_adapter_arena_bytes", "Bytes for adapters there", value=stats.num_arena_bytes)
+        yield GaugeMetricFamily(
+            "motley_adapter_arena_used_bytes", "Bytes taken there", value=stats.num_used_arena_bytes
+        )
+        yield GaugeMetricFamily("motley_adapter_resident_parts", "Parts bound", value=stats.num_resident_parts)
 
 
 class HttpEndpoint:

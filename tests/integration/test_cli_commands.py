@@ -84,10 +84,28 @@ def test_generate_json_has_exactly_these_keys(address: str) -> None:
                     "digest": digest_of("reverse"),
                     "weight": 0.5,
                     "trained_on": "undeclared",
+                    "kind": "lora",
+                    "overlapping_channels": 0,
                 }
             ],
         },
     }
+
+
+def test_channels_that_adapters_share_are_noted_on_stderr_and_in_json(address: str) -> None:
+    sets = ["--server", address, "--adapter", "s2ft-a", "--adapter", "reverse", "--adapter", "s2ft-b"]
+    note = "note: s2ft-{}@1 (s2ft) shares 3 channels with the others\n"
+
+    generated, scored = motley("generate", "reverse: ab =", *sets), motley("score", "is it? ", "yes", *sets)
+    assert (generated.exit_code, generated.stdout) == (0, " ba\n")
+    assert (scored.exit_code, scored.stdout) == (0, "-1.5000\tyes\n")
+    assert generated.stderr == scored.stderr == note.format("a") + note.format("b")
+
+    for command in (("generate", "reverse: ab ="), ("score", "is it? ", "yes")):
+        result = motley(*command, *sets, "--json")
+        served = json.loads(result.stdout)["served_by"]["adapters"]
+        assert [(one["kind"], one["overlapping_channels"]) for one in served] == [("s2ft", 3), ("lora", 0), ("s2ft", 3)]
+        assert result.stderr == ""
 
 
 def test_generate_sends_every_flag(fake: FakeServer, address: str) -> None:
@@ -136,7 +154,7 @@ def test_info_names_base_and_adapters(address: str) -> None:
     plain = motley("info", "--server", address)
     found = json.loads(motley("info", "--server", address, "--json").stdout)
 
-    assert f"reverse@1 {digest_of('reverse')}" in plain.stdout
+    assert f"reverse@1 {digest_of('reverse')} lora\n" in plain.stdout
     assert (found["base_model"], found["limits"]["context_length"]) == ("tiny", 256)
     assert found["adapters"][0]["name"] == "reverse"
 

@@ -121,6 +121,16 @@ BAD_REQUESTS: dict[str, tuple[inference_pb2.GenerateRequest, Code, str, str]] = 
         text_request(repetition_penalty=1e-38), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "sampling.repetition_penalty",
     ),
     "one adapter twice": (under("alpha", "twin"), Code.INVALID_ARGUMENT, "DUPLICATE_ADAPTER", "adapters[1].name"),
+    "one adapter by name and by digest": (
+        under("rows", f"rows@{digest_of('b')}"), Code.INVALID_ARGUMENT, "DUPLICATE_ADAPTER", "adapters[1].name",
+    ),
+    "weight just over the bound": (
+        under(("rows", math.nextafter(100.0, math.inf))), Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[0].weight",
+    ),
+    "nine adapters, one of them absent": (
+        under(*[(f"many{index}", float(index)) for index in range(9)]), Code.INVALID_ARGUMENT, "TOO_MANY_ADAPTERS",
+        "adapters",
+    ),
     "nine adapters": (
         under(*[f"many{index}" for index in range(9)]), Code.INVALID_ARGUMENT, "TOO_MANY_ADAPTERS", "adapters",
     ),
@@ -227,8 +237,44 @@ def share(visibility: int) -> adapter_pb2.ShareAdapterRequest:
     return request
 
 
+def score_under(*adapters: str | tuple[str, float]) -> inference_pb2.ScoreRequest:
+    return inference_pb2.ScoreRequest(
+        prompt=inference_pb2.Prompt(text="a"), continuations=["b"], adapters=under(*adapters).adapters
+    )
+
+
+def stream_under(*adapters: str | tuple[str, float]) -> inference_pb2.GenerateStreamRequest:
+    return inference_pb2.GenerateStreamRequest(
+        prompt=inference_pb2.Prompt(text="a"), adapters=under(*adapters).adapters
+    )
+
+
 Call = Callable[[Shell], Awaitable[object]]
 OTHER_METHODS: dict[str, tuple[Call, Code, str, str]] = {
+    "score under nine adapters": (
+        lambda shell: shell.inference.Score(score_under(*[f"many{index}" for index in range(9)])),
+        Code.INVALID_ARGUMENT, "TOO_MANY_ADAPTERS", "adapters",
+    ),
+    "score under one adapter twice": (
+        lambda shell: shell.inference.Score(score_under("rows", "alpha", "rows@1")),
+        Code.INVALID_ARGUMENT, "DUPLICATE_ADAPTER", "adapters[2].name",
+    ),
+    "score under a NaN weight": (
+        lambda shell: shell.inference.Score(score_under("rows", ("columns", math.nan))),
+        Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[1].weight",
+    ),
+    "stream under nine adapters": (
+        lambda shell: shell.inference.GenerateStream(stream_under(*[f"many{index}" for index in range(9)])).read(),
+        Code.INVALID_ARGUMENT, "TOO_MANY_ADAPTERS", "adapters",
+    ),
+    "stream under one adapter twice": (
+        lambda shell: shell.inference.GenerateStream(stream_under("alpha", "twin")).read(),
+        Code.INVALID_ARGUMENT, "DUPLICATE_ADAPTER", "adapters[1].name",
+    ),
+    "stream under an infinite weight": (
+        lambda shell: shell.inference.GenerateStream(stream_under(("rows", -math.inf))).read(),
+        Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "adapters[0].weight",
+    ),
     "no continuation": (
         lambda shell: shell.inference.Score(inference_pb2.ScoreRequest(prompt=inference_pb2.Prompt(text="a"))),
         Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "continuations",

@@ -58,6 +58,24 @@ def test_generate_answers_every_candidate_and_says_what_served_it() -> None:
     asyncio.run(scenario())
 
 
+def test_generate_stream_and_score_say_each_adapter_s_kind_and_which_channels_overlap() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            request, stream = text_request("hello", max_new_tokens=2), stream_request("hello", max_new_tokens=2)
+            scoring = inference_pb2.ScoreRequest(prompt=request.prompt, continuations=["a"])
+            for message in (request, stream, scoring):
+                message.adapters.extend(common_pb2.AdapterRef(name=name) for name in ("rows", "alpha", "columns"))
+            first, *_ = [message async for message in shell.inference.GenerateStream(stream)]
+            for answer in (await shell.inference.Generate(request), first, await shell.inference.Score(scoring)):
+                assert [(one.name, one.kind, one.overlapping_channels) for one in answer.served_by.adapters] == [
+                    ("alpha", "lora", 0),
+                    ("columns", "s2ft", 2),
+                    ("rows", "s2ft", 2),
+                ]
+
+    asyncio.run(scenario())
+
+
 def test_logprobs_zero_is_the_chosen_token_alone_and_unset_is_none() -> None:
     async def scenario() -> None:
         async with serving() as shell:

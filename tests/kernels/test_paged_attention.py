@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motley_kernels.errors import DeviceError, ShapeError
-from motley_kernels.paged_attention import LayerKV, PagedBatch, paged_attention
+from motley_kernels.paged_attention import LayerKV, PagedBatch, grouped, paged_attention, triton_impl
 from motley_kernels.testing import PagedCase, assert_close, draw_paged_case
 from torch import Generator, Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HEADS = st.sampled_from([(4, 4), (4, 2), (6, 2), (4, 1), (3, 1)])
 SEQUENCES = st.lists(
@@ -32,7 +33,7 @@ def attend(
         case.k,
         case.v,
         kv,
-        replace(case.batch, layouts={}),
+        replace(case.batch),
         scale=case.q.shape[2] ** -0.5,
         sliding_window=window,
         softcap=softcap,
@@ -95,7 +96,6 @@ def test_chunked_prefill_and_decode_equal_whole_prefill(
             slot_mapping=whole.batch.slot_mapping[rows],
             query_lens=(length,),
             seq_lens=(done + length,),
-            layouts={},
         )
         parts.append(
             paged_attention(
@@ -208,3 +208,39 @@ def test_disagreeing_shapes_and_devices_are_errors() -> None:
             attend(each)
     with pytest.raises(DeviceError):
         attend(replace(case, q=case.q.to("meta")))
+
+
+def test_the_kernels_are_refused_by_name_without_a_gpu() -> None:
+    case = draw(8, [(2, 3)])
+    with pytest.raises(DeviceError, match="need CUDA"):
+        paged_attention(
+            *(case.q, case.k, case.v, case.kv, case.batch),
+            scale=1.0,
+            sliding_window=None,
+            softcap=None,
+            implementation="triton",
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "chosen"),
+    [
+        (torch.bfloat16, 128, "triton"),
+        (torch.float32, 256, "triton"),
+        (torch.float64, 64, "grouped"),
+        (torch.float16, 512, "grouped"),
+    ],
+)
+def test_auto_takes_the_kernels_on_cuda_where_they_know_the_types(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, chosen: str
+) -> None:
+    calls: list[str] = []
+    for name, module in (("triton", triton_impl), ("grouped", grouped)):
+        monkeypatch.setattr(module, "paged_attention", lambda *_, _name=name, **__: calls.append(_name))
+    with FakeTensorMode():
+        rows, blocks = torch.empty(4, 2, head_dim, dtype=dtype, device="cuda:0"), (1, 16, 2, head_dim)
+        kv = LayerKV(rows.new_empty(blocks), rows.new_empty(blocks))
+        tables, slots = (torch.empty(shape, dtype=torch.int64, device="cuda:0") for shape in ((1, 1), (4,)))
+        batch = PagedBatch(16, tables, slots, (4,), (4,))
+        paged_attention(rows, rows, rows, kv, batch, scale=1.0, sliding_window=None, softcap=None)
+    assert calls == [chosen]

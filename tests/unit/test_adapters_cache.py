@@ -1,20 +1,39 @@
-"""The host cache keeps what is leased, counts every byte, and lets nobody give back twice."""
+"""The host cache knows what is leased, counts every byte, brings back what it evicts, and is given back to once."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from motley_adapters.cache import AdapterCache, Lease
-from motley_adapters.errors import CapacityError, LeaseError, UnknownAdapterError
-from motley_adapters.spec import Adapter, AdapterSpec
+from motley_adapters.errors import AdapterLoadError, CapacityError, LeaseError, UnknownAdapterError
+from motley_adapters.spec import Adapter, AdapterSpec, Part
 from motley_kernels.adapter_delta import DeltaUnit
 
 
-def adapter(digest: str, num_inputs: int = 8) -> Adapter:
-    unit = DeltaUnit(torch.zeros(1, num_inputs), torch.zeros(2, 1), 1.0)
-    return Adapter(AdapterSpec(digest, "lora", {"x": 1}, {"x": 1.0}, "undeclared", unit.nbytes), {"x": unit})
+def adapter(digest: str, num_inputs: int = 8, shared: str | None = None) -> Adapter:
+    """Make an adapter of one unit, and of one more that it shares."""
+    unit = DeltaUnit(torch.zeros(1, num_inputs), torch.zeros(1, 2), 1.0)
+    parts = () if shared is None else (Part(shared, {"x": replace(unit, scaling=-1.0)}),)
+    names = tuple(part.digest for part in parts)
+    spec = AdapterSpec(digest, "lora", {"x": 1}, {"x": 1.0}, "undeclared", unit.nbytes, shared=names)
+    return Adapter(spec, {"x": unit}, parts)
+
+
+class Source:
+    """Make adapters anew, and count how often."""
+
+    def __init__(self, make: Callable[[str], Adapter] = adapter) -> None:
+        self.make = make
+        self.num_loads: Counter[str] = Counter()
+
+    def load(self, digest: str) -> Adapter:
+        self.num_loads[digest] += 1
+        return self.make(digest)
 
 
 NBYTES = adapter("any").spec.nbytes
@@ -31,7 +50,9 @@ def test_what_is_put_is_what_is_leased() -> None:
     cache, held = AdapterCache(NBYTES), adapter("a")
     cache.put(held)
     lease = cache.acquire("a")
-    assert lease.adapter is held
+    assert lease.spec is held.spec
+    with cache.borrow("a") as borrowed:
+        assert borrowed is held
     assert (cache.nbytes, cache.num_leases, len(cache), "a" in cache) == (NBYTES, 1, 1, True)
     cache.check_integrity()
 
@@ -61,11 +82,16 @@ def test_removing_makes_room_at_once() -> None:
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("method", ["acquire", "remove"])
+@pytest.mark.parametrize("method", ["acquire", "remove", "spec"])
 def test_an_unknown_digest_is_an_error_that_names_it(method: str) -> None:
     with pytest.raises(UnknownAdapterError, match="sha256:nobody") as caught:
         getattr(cache_of("a"), method)("sha256:nobody")
     assert caught.value.reason == "ADAPTER_NOT_HELD"
+
+
+def test_an_unknown_digest_cannot_be_borrowed() -> None:
+    with pytest.raises(UnknownAdapterError), cache_of("a").borrow("nobody"):
+        pass
 
 
 def test_a_leased_adapter_stays_until_its_last_lease_ends() -> None:
@@ -88,14 +114,88 @@ def test_release_twice_is_an_error_that_takes_nobody_elses_lease() -> None:
         lease.release()
     assert caught.value.reason == "LEASE_RELEASED"
     assert cache.num_leases == 1
-    assert other.adapter.spec.digest == "a"
+    other.release()
+    assert cache.num_leases == 0
 
 
-def test_a_released_lease_shows_no_adapter() -> None:
-    lease = cache_of("a").acquire("a")
+def test_what_does_not_fit_is_known_and_comes_back_by_itself() -> None:
+    source = Source()
+    cache = AdapterCache(2 * NBYTES, source)
+    for digest in "abc":
+        cache.put(adapter(digest))
+        assert cache.nbytes <= 2 * NBYTES
+    assert [digest in cache for digest in "abc"] == [True] * 3
+    for digest in "abcabc":
+        with cache.borrow(digest) as borrowed:
+            assert borrowed.spec.digest == digest
+        cache.check_integrity()
+    assert source.num_loads["a"] >= 1
+
+
+def test_the_least_recently_used_of_one_size_leaves_first_leased_or_not() -> None:
+    source = Source()
+    cache = AdapterCache(2 * NBYTES, source)
+    cache.put(adapter("a"))
+    cache.put(adapter("b"))
+    lease = cache.acquire("b")
+    with cache.borrow("a"):
+        pass
+    cache.put(adapter("c"))
+    assert {held.spec.digest for held in cache.in_memory()} == {"a", "c"}
     lease.release()
-    with pytest.raises(LeaseError):
-        _ = lease.adapter
+    with cache.borrow("b"):
+        pass
+    assert source.num_loads == {"b": 1}
+
+
+def test_a_large_one_leaves_before_small_ones_that_cost_more_a_byte() -> None:
+    cache = AdapterCache(adapter("x", 1 << 20).spec.nbytes + NBYTES, Source())
+    cache.put(adapter("small"))
+    cache.put(adapter("large", 1 << 20))
+    cache.put(adapter("next"))
+    assert {held.spec.digest for held in cache.in_memory()} == {"small", "next"}
+
+
+def test_what_is_being_copied_stays_and_what_finds_no_room_beside_it_passes_through() -> None:
+    cache = AdapterCache(NBYTES, Source())
+    cache.put(adapter("a"))
+    cache.put(adapter("b"))
+    with cache.borrow("b") as held, cache.borrow("a") as passing:
+        assert passing.spec.digest == "a"
+        assert cache.in_memory() == [held]
+        cache.check_integrity()
+
+
+def test_a_shared_part_is_one_object_counted_once_and_leaves_with_its_last_holder() -> None:
+    cache = AdapterCache(3 * NBYTES, Source(lambda digest: adapter(digest, shared="residual")))
+    first, second = (adapter(digest, shared="residual") for digest in "ab")
+    cache.put(first)
+    cache.put(second)
+    assert cache.nbytes == 3 * NBYTES
+    with cache.borrow("b") as borrowed:
+        assert borrowed.shared[0] is first.shared[0]
+    cache.remove("a")
+    assert cache.nbytes == 2 * NBYTES
+    cache.check_integrity()
+    cache.remove("b")
+    assert cache.nbytes == 0
+
+
+def test_an_adapter_that_is_another_now_is_refused_and_stays_known() -> None:
+    cache = AdapterCache(0, Source(lambda digest: adapter("other")))
+    cache.put(adapter("a"))
+    with pytest.raises(AdapterLoadError, match="what was a holds other now") as caught, cache.borrow("a"):
+        pass
+    assert caught.value.reason == "ADAPTER_CHANGED"
+    assert "a" in cache
+    cache.remove("a")
+
+
+def test_a_borrowed_adapter_cannot_be_removed() -> None:
+    cache = cache_of("a")
+    with cache.borrow("a"), pytest.raises(LeaseError):
+        cache.remove("a")
+    cache.remove("a")
 
 
 def test_a_lease_is_a_context() -> None:
@@ -105,11 +205,13 @@ def test_a_lease_is_a_context() -> None:
     assert cache.num_leases == 0
 
 
-@pytest.mark.parametrize("damage", ["bytes", "leases"])
+@pytest.mark.parametrize("damage", ["bytes", "leases", "parts"])
 def test_the_integrity_check_sees_a_ledger_that_is_wrong(damage: str) -> None:
     cache = cache_of("a")
     if damage == "bytes":
         cache._nbytes += 1
+    elif damage == "parts":
+        cache._parts["a"].num_holders = 2
     else:
         cache._entries["a"].num_leases = -1
     with pytest.raises(RuntimeError):
@@ -142,8 +244,9 @@ def test_of_many_threads_that_release_one_lease_exactly_one_succeeds() -> None:
         assert cache.num_leases == 0
 
 
-def test_the_ledger_holds_under_threads_that_put_lease_and_remove() -> None:
-    cache = AdapterCache(2 * NBYTES)
+@pytest.mark.parametrize("source", [None, Source()])
+def test_the_ledger_holds_under_threads_that_put_lease_borrow_and_remove(source: Source | None) -> None:
+    cache = AdapterCache(2 * NBYTES, source)
     served = [0] * 4
 
     def churn(thread: int) -> None:
@@ -151,8 +254,8 @@ def test_the_ledger_holds_under_threads_that_put_lease_and_remove() -> None:
             digest = "abc"[(step + thread) % 3]
             try:
                 cache.put(adapter(digest))
-                with cache.acquire(digest) as lease:
-                    assert lease.adapter.spec.digest == digest
+                with cache.acquire(digest), cache.borrow(digest) as borrowed:
+                    assert borrowed.spec.digest == digest
                     served[thread] += 1
                 cache.remove(digest)
             except (CapacityError, UnknownAdapterError, LeaseError):

@@ -14,9 +14,10 @@ from adapter_files import PLAIN_CONFIG, PREFIX, plain_tensors, tiny_spec, write
 from hypothesis import given
 from hypothesis import strategies as st
 from motley_adapters.errors import AdapterSetError
-from motley_adapters.identity import adapter_digest, cache_seed, set_identity
+from motley_adapters.identity import adapter_digest, cache_seed, part_digest, set_identity
 from motley_adapters.reader import read_adapter
 from motley_kernels.adapter_delta import DeltaUnit
+from motley_kernels.adapter_delta.types import Gate
 from torch import Tensor
 
 Units = dict[str, DeltaUnit]
@@ -25,7 +26,7 @@ Units = dict[str, DeltaUnit]
 def units() -> Units:
     generator = torch.Generator().manual_seed(1)
     return {
-        path: DeltaUnit(torch.randn(2, 3, generator=generator), torch.randn(4, 2, generator=generator), 0.5)
+        path: DeltaUnit(torch.randn(2, 3, generator=generator), torch.randn(2, 4, generator=generator), 0.5)
         for path in ("x.a", "x.b")
     }
 
@@ -44,7 +45,7 @@ CHANGES: dict[str, Callable[[DeltaUnit], Units]] = {
     "one bit of a": lambda unit: with_unit(DeltaUnit(nudged(unit.a), unit.b, unit.scaling)),
     "one bit of b": lambda unit: with_unit(DeltaUnit(unit.a, nudged(unit.b), unit.scaling)),
     "the scaling's last bit": lambda unit: with_unit(DeltaUnit(unit.a, unit.b, unit.scaling + 2**-53)),
-    "the shapes over the same bytes": lambda unit: with_unit(DeltaUnit(unit.a.view(1, 6), unit.b.view(8, 1), 0.5)),
+    "the shapes over the same bytes": lambda unit: with_unit(DeltaUnit(unit.a.view(1, 6), unit.b.view(1, 8), 0.5)),
     "one module less": lambda unit: {"x.a": unit},
     "another module": lambda unit: {"x.a": unit, "x.c": units()["x.b"]},
     "modules exchanged": lambda unit: {"x.b": unit, "x.a": units()["x.b"]},
@@ -57,13 +58,67 @@ def test_any_change_of_content_changes_the_digest(change: str) -> None:
     assert adapter_digest("lora", CHANGES[change](units()["x.a"])) != adapter_digest("lora", units())
 
 
+def gated(**fields: Any) -> Units:
+    """Return a unit that has everything a unit can have, or has something else instead."""
+    generator = torch.Generator().manual_seed(2)
+    whole: dict[str, Any] = {
+        "a": torch.randn(2, 3, generator=generator),
+        "b": torch.randn(2, 3, generator=generator),
+        "scaling": 0.5,
+        "inputs": torch.tensor([0, 2, 5], dtype=torch.int32),
+        "outputs": torch.tensor([1, 2, 7], dtype=torch.int32),
+        "gate": Gate(torch.randn(2, 6, generator=generator), 1),
+    }
+    return {"x": DeltaUnit(**(whole | fields))}
+
+
+ROUTER = gated()["x"].gate.router
+PIECES: dict[str, dict[str, Any]] = {
+    "another input": {"inputs": torch.tensor([0, 2, 6], dtype=torch.int32)},
+    "all inputs": {"inputs": None},
+    "another output": {"outputs": torch.tensor([1, 2, 8], dtype=torch.int32)},
+    "all outputs": {"outputs": None},
+    "no gate": {"gate": None},
+    "one bit of the router": {"gate": Gate(nudged(ROUTER), 1)},
+    "another top_k": {"gate": Gate(ROUTER, 2)},
+    "inputs for outputs": {"inputs": gated()["x"].outputs, "outputs": gated()["x"].inputs},
+    "a for b": {"a": gated()["x"].b, "b": gated()["x"].a},
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_piece_of_a_unit_is_content(piece: str) -> None:
+    assert adapter_digest("goat", gated(**PIECES[piece])) != adapter_digest("goat", gated())
+    assert part_digest(gated(**PIECES[piece])) != part_digest(gated())
+
+
+def test_a_block_on_inputs_is_not_the_same_block_on_outputs() -> None:
+    block, channels = torch.ones(2, 2), torch.tensor([0, 1], dtype=torch.int32)
+    digests = {
+        adapter_digest("s2ft", {"x": DeltaUnit(None, block, 1.0, inputs=channels)}),
+        adapter_digest("s2ft", {"x": DeltaUnit(block, None, 1.0, outputs=channels)}),
+        adapter_digest("s2ft", {"x": DeltaUnit(block, block, 1.0, inputs=channels, outputs=channels)}),
+    }
+    assert len(digests) == 3
+
+
+def test_the_shared_parts_are_content_in_any_order() -> None:
+    assert adapter_digest("goat", units(), ["p", "q"]) == adapter_digest("goat", units(), ["q", "p"])
+    digests = {adapter_digest("goat", units(), shared) for shared in ([], ["p"], ["q"], ["p", "q"], ["pq"])}
+    assert len(digests) == 5
+
+
+def test_a_part_is_no_adapter() -> None:
+    assert part_digest(units()) not in {adapter_digest(kind, units()) for kind in ("", "lora", "goat")}
+
+
 def test_the_kind_is_content() -> None:
     assert adapter_digest("lora", units()) != adapter_digest("loram", units())
 
 
 def test_the_digest_is_the_same_in_every_process_and_version() -> None:
-    a, b = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)
-    expected = "sha256:c66322e36d73b62733157b81b34cebb740ac0c2f1fc375dcef4e98f4562791f3"
+    a, b = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(2, 4)
+    expected = "sha256:02156dac88b1e101e0604108c588d13bd773b58fc397a845fb15578301839f00"
     assert adapter_digest("lora", {"x": DeltaUnit(a, b, 2.0)}) == expected
 
 

@@ -77,7 +77,7 @@ def check_parity(model: PreTrainedModel, directory: Path, **fields: Any) -> set[
 
 
 def delta_of(a: Tensor, b: Tensor, scaling: float, is_embedding: bool) -> Tensor:
-    delta = scaling * (b @ a)
+    delta = scaling * (b.T @ a)
     return delta.T if is_embedding else delta
 
 
@@ -172,7 +172,7 @@ def test_half_precision_files_are_read_exactly(dtype: torch.dtype, tmp_path: Pat
     unit = read_adapter(tmp_path, base).units["model.layers.0.self_attn.q_proj"]
     layer = trained.base_model.model.model.layers[0].self_attn.q_proj
     assert torch.equal(unit.a, layer.lora_A["default"].weight.float())
-    assert torch.equal(unit.b, layer.lora_B["default"].weight.float())
+    assert torch.equal(unit.b, layer.lora_B["default"].weight.float().T)
 
 
 @pytest.mark.parametrize("tied", [False, True])

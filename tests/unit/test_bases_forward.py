@@ -11,6 +11,7 @@ import torch
 from architectures import ARCHITECTURES, build_checkpoint
 from motley_bases import linear
 from motley_bases.base import Base
+from motley_bases.errors import UnboundSlotError
 from motley_bases.kv_cache import KVCache
 from motley_bases.loader import load_base
 from motley_kernels.adapter_delta.types import DeltaBatch, DeltaUnit
@@ -62,7 +63,7 @@ def random_units(base: Base, paths: Mapping[str, int], seed: int) -> dict[str, D
         num_inputs, num_outputs = shapes[path]
         fan_in = 1 if path == base.spec.embedding_path else num_inputs
         a = torch.randn(rank, num_inputs, generator=generator) * fan_in**-0.5
-        b = torch.randn(num_outputs, rank, generator=generator) * rank**-0.5
+        b = torch.randn(rank, num_outputs, generator=generator) * rank**-0.5
         units[path] = DeltaUnit(a, b, scaling=0.25 + 0.25 * seed)
     return units
 
@@ -72,7 +73,9 @@ def merged_model(directory: Path, base: Base, members: list[tuple[Mapping[str, D
     model = eager_model(directory)
     for units, weight in members:
         for path, unit in units.items():
-            delta = weight * unit.scaling * (unit.b @ unit.a)
+            assert unit.a is not None
+            assert unit.b is not None
+            delta = weight * unit.scaling * (unit.b.T @ unit.a)
             module = model.get_submodule(path)
             assert isinstance(module, nn.Linear | nn.Embedding)
             update = delta.T if path == base.spec.embedding_path else delta
@@ -165,13 +168,15 @@ def test_base_only_passes_never_reach_the_delta_kernels(tmp_path: Path, monkeypa
         run_packed(base, sequences, CUTS, [((0, 1.0),), (), ()])
 
 
-def test_an_unbound_slot_answers_as_the_base_does(tmp_path: Path) -> None:
+def test_after_a_slot_is_unbound_it_is_refused_and_the_base_answers_as_ever(tmp_path: Path) -> None:
     base = load(build_checkpoint("llama", tmp_path / "llama"))
     sequences = draw_sequences(base.spec.vocab_size)
     plain = run_packed(base, sequences, CUTS)
     base.sites.bind(0, random_units(base, dict.fromkeys(base.sites.tables, 4), seed=1))
     base.sites.unbind(0)
-    after = run_packed(base, sequences, CUTS, [((0, 1.0),)] * 3)
+    with pytest.raises(UnboundSlotError):
+        run_packed(base, sequences, CUTS, [((0, 1.0),)] * 3)
+    after = run_packed(base, sequences, CUTS)
     assert all(torch.equal(left, right) for left, right in zip(plain, after, strict=True))
 
 
@@ -183,6 +188,7 @@ def test_a_batch_left_over_from_another_composition_is_an_error(
     kv = KVCache.allocate(base.spec, 2, 8, base.dtype, base.device)
     paged = PagedBatch(8, torch.tensor([[1]]), torch.arange(8, 16), (8,), (8,))
     used = ((0, 1.0),)
+    base.sites.bind(0, {})
     base.sites.set_batch(DeltaBatch.from_sets([used] * num_tokens), DeltaBatch.from_sets([used] * num_sampled))
     with pytest.raises(ShapeError, match="rows"):
         base.forward(torch.arange(8), torch.arange(8), paged, kv, torch.tensor([0, 7]))

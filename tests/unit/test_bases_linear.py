@@ -7,7 +7,7 @@ import torch
 from architectures import build_model
 from motley_bases.attention import register_attention
 from motley_bases.describe import describe
-from motley_bases.errors import UnknownSiteError, UnsupportedBaseError
+from motley_bases.errors import UnboundSlotError, UnknownSiteError, UnsupportedBaseError
 from motley_bases.generation import StoredGeneration
 from motley_bases.linear import AdapterEmbedding, AdapterLinear, DeltaBinding, DeltaSites, attach
 from motley_bases.probe import probe
@@ -38,7 +38,7 @@ def described(name: str) -> tuple[PreTrainedModel, BaseSpec]:
 
 def unit(base: BaseSpec, path: str, rank: int = 2) -> DeltaUnit:
     num_inputs, num_outputs = base.linears[path]
-    return DeltaUnit(torch.ones(rank, num_inputs), torch.ones(num_outputs, rank), 1.0)
+    return DeltaUnit(torch.ones(rank, num_inputs), torch.ones(rank, num_outputs), 1.0)
 
 
 @pytest.fixture
@@ -119,7 +119,8 @@ def test_unbinding_detaches_one_slot_everywhere(llama: tuple[PreTrainedModel, Ba
 
 
 def test_a_batch_without_adapters_counts_as_none(llama: tuple[PreTrainedModel, BaseSpec, DeltaSites]) -> None:
-    _, _, sites = llama
+    _, spec, sites = llama
+    sites.bind(1, {Q_PROJ: unit(spec, Q_PROJ)})
     used, unused = DeltaBatch.from_sets([((1, 1.0),)]), DeltaBatch.from_sets([()])
     sites.set_batch(used, unused)
     assert sites.binding.tokens is used
@@ -127,6 +128,33 @@ def test_a_batch_without_adapters_counts_as_none(llama: tuple[PreTrainedModel, B
     sites.set_batch(unused, used)
     assert sites.binding.tokens is None
     assert sites.binding.sampled is used
+
+
+def test_a_batch_that_names_an_unbound_slot_is_refused(
+    llama: tuple[PreTrainedModel, BaseSpec, DeltaSites],
+) -> None:
+    _, spec, sites = llama
+    sites.bind(1, {Q_PROJ: unit(spec, Q_PROJ)})
+    sites.bind(2, {})  # an adapter that changes nothing is bound all the same
+    sound, unsound = DeltaBatch.from_sets([((1, 1.0), (2, 0.5))]), DeltaBatch.from_sets([((1, 1.0), (7, 0.5))])
+    sites.set_batch(sound, sound)
+    for views in ((unsound, sound), (sound, unsound)):
+        with pytest.raises(UnboundSlotError, match=r"\[7\]"):
+            sites.set_batch(*views)
+    assert sites.binding.tokens is sound
+    sites.unbind(1)
+    with pytest.raises(UnboundSlotError, match=r"\[1\]"):
+        sites.set_batch(sound, None)
+
+
+def test_arrivals_reach_the_site_of_their_path(llama: tuple[PreTrainedModel, BaseSpec, DeltaSites]) -> None:
+    _, spec, sites = llama
+    awaited: list[str] = []
+    arrivals = {V_PROJ: lambda: awaited.append(V_PROJ)}
+    sites.bind(1, {path: unit(spec, path) for path in (Q_PROJ, V_PROJ)}, arrivals)
+    for path in (Q_PROJ, V_PROJ):
+        sites.tables[path].await_arrival(1)
+    assert awaited == [V_PROJ]
 
 
 @pytest.mark.parametrize(("name", "scale"), [("llama", 1.0), ("gemma3_text", 8.0)])

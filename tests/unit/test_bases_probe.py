@@ -142,12 +142,12 @@ def forget_the_soft_cap(q: Tensor, k: Tensor, v: Tensor, kv: LayerKV, batch: Pag
 
 
 def forget_earlier_chunks(q: Tensor, k: Tensor, v: Tensor, kv: LayerKV, batch: PagedBatch, **how: Any) -> Tensor:
-    return paged_attention(q, k, v, kv, replace(batch, seq_lens=batch.query_lens, layouts={}), **how)
+    return paged_attention(q, k, v, kv, replace(batch, seq_lens=batch.query_lens), **how)
 
 
 def read_the_neighbours_blocks(q: Tensor, k: Tensor, v: Tensor, kv: LayerKV, batch: PagedBatch, **how: Any) -> Tensor:
     paged_attention(q, k, v, kv, batch, **how)
-    swapped = replace(batch, block_tables=batch.block_tables.flip(0), layouts={})
+    swapped = replace(batch, block_tables=batch.block_tables.flip(0))
     return paged_attention(q, k, v, kv, swapped, **how)
 
 

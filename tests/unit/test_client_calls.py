@@ -74,8 +74,8 @@ def test_generate_sends_what_was_asked_and_returns_what_answered(ask: Ask, fake:
     assert [candidate.index for candidate in answer.candidates] == [0, 1]
     assert answer.served_by.base_fingerprint == BASE_FINGERPRINT
     assert answer.served_by.adapters == (
-        ServedAdapter("reverse", 1, digest_of("reverse"), 1.0, "undeclared"),
-        ServedAdapter("next", 1, digest_of("next"), 0.5, "undeclared"),
+        ServedAdapter("reverse", 1, digest_of("reverse"), 1.0, "undeclared", "lora", 0),
+        ServedAdapter("next", 1, digest_of("next"), 0.5, "undeclared", "lora", 0),
     )
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.cached_prompt_tokens) == (7, 6, 2)
 

@@ -18,9 +18,9 @@ CLIENT_ROOTS = ("clients/python/motley_client",)
 
 # Every word in capitals is taken for a reason, however it is passed on, so that none can hide; these are not.
 NO_REASONS = {
-    "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "MOTLEY_CONFIG",  # environment
+    "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "HF_HUB_OFFLINE", "MOTLEY_CONFIG",  # environment
     "FILE", "DIR",  # help
-    "LORA", "F32", "F16", "BF16",  # in files
+    "LORA", "CAUSAL_LM", "F32", "F16", "BF16", "I32",  # in files
 }  # fmt: skip
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from motley_adapters.peft_config import HARMLESS_FIELDS, MAX_RANK, REFUSED_FIELDS, SUPPORTED_FIELDS
 from motley_bases.admission import STATIC_ROPE_TYPES
-from motley_server.admission import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
+from motley_server.adapter_sets import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 from motley_server.config import DEFAULT_DATA_DIR, PARSERS, ConfigError, render, resolve
 
 HOUSE = Path(__file__).resolve().parents[2]

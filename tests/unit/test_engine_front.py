@@ -25,6 +25,7 @@ class ScriptedCore:
         self.stuck = threading.Event()
         self.release = threading.Event()
         self.deadly = threading.Event()
+        self.is_waiting_for_adapters = False
         self._num_steps = num_steps
         self._left: dict[str, int] = {}
 
@@ -48,6 +49,9 @@ class ScriptedCore:
             self.release.wait(30)
         time.sleep(0.002)
         return [self._advance(request_id) for request_id in list(self._left)]
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def fail_all(self, error: MotleyError) -> list[RequestEvent]:
         return [event for request_id in list(self._left) if (event := self.cancel(request_id, error)) is not None]
@@ -87,7 +91,7 @@ class Callers:
 
 
 def start(core: ScriptedCore) -> Engine:
-    make_core: Any = lambda: core  # noqa: E731
+    make_core: Any = lambda wake: core  # noqa: E731
     engine = Engine(make_core, EngineSettings(max_running=4, max_waiting=4))
     engine.start()
     return engine

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.registry.catalog import Catalog
 from motley_server.registry.names import AdapterReference, parse_reference
-from rpc_harness import digest_of, make_catalog
+from rpc_harness import Facts, digest_of, make_catalog
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_a_malformed_name_is_the_callers_fault() -> None:
 def test_versions_grow_by_one_and_the_default_follows() -> None:
     catalog = Catalog()
     for index in range(3):
-        added = catalog.add("local", "a", digest=digest_of(str(index)), kind="lora", trained_on="undeclared")
+        added = catalog.add("local", "a", Facts(digest_of(str(index))))
         assert added.version == index + 1
         assert catalog.resolve("local", "a", field="f") == added
     with pytest.raises(ValueError, match="no adapter's name"):
-        catalog.add("local", "A", digest=digest_of("1"), kind="lora", trained_on="undeclared")
+        catalog.add("local", "A", Facts(digest_of("1")))

@@ -84,8 +84,8 @@ def test_a_server_that_cannot_start_ends_with_one_line_and_status_2(
 
 
 def test_the_process_is_prepared_before_torch_may_be_loaded() -> None:
-    environ = {"OMP_WAIT_POLICY": "active", "HF_HUB_OFFLINE": "0"}
+    environ = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "7", "HF_HUB_OFFLINE": "0"}
     app.prepare_process(environ, "info")
-    assert environ == {"OMP_WAIT_POLICY": "active", "HF_HUB_OFFLINE": "1"}
+    assert environ == {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "7", "HF_HUB_OFFLINE": "1"}
     app.prepare_process(unset := dict[str, str](), "info")
-    assert unset == {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    assert unset == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1"}

@@ -19,7 +19,7 @@ ROW = re.compile(r"\| `(motley_\w+)` \| (counter|gauge|histogram|info) \| ([^|]*
 
 def make_metrics() -> Metrics:
     metrics = Metrics("1.2.3", make_base())
-    metrics.follow(lambda: EngineStats(4, 2, 30, 120, 16, 1000), lambda: 777)
+    metrics.follow(lambda: EngineStats(4, 2, 30, 120, 16, 1000, 1, 7, 512, 2048), lambda: 777)
     return metrics
 
 
@@ -85,12 +85,28 @@ def test_tokens_prefixes_and_preemptions_are_counted() -> None:
     assert value(metrics, "motley_inter_token_latency_seconds_count") == 1
 
 
+def test_loads_and_evictions_of_adapters_are_counted() -> None:
+    metrics = make_metrics()
+    metrics.part_loaded(0.25)
+    metrics.part_loaded(0.5)
+    metrics.part_evicted()
+    metrics.load_failed()
+    assert value(metrics, "motley_adapter_loads_total") == 2
+    assert value(metrics, "motley_adapter_load_seconds_sum") == 0.75
+    assert value(metrics, "motley_adapter_evictions_total") == 1
+    assert value(metrics, "motley_adapter_load_failures_total") == 1
+
+
 def test_the_engines_state_is_read_at_the_scrape() -> None:
     metrics = make_metrics()
     assert value(metrics, "motley_requests_running") == 4
     assert value(metrics, "motley_requests_waiting") == 2
     assert value(metrics, "motley_kv_cache_usage_ratio") == 0.25
     assert value(metrics, "motley_adapter_cache_bytes") == 777
+    assert value(metrics, "motley_requests_waiting_for_adapters") == 1
+    assert value(metrics, "motley_adapter_resident_parts") == 7
+    assert value(metrics, "motley_adapter_arena_used_bytes") == 512
+    assert value(metrics, "motley_adapter_arena_bytes") == 2048
     assert value(metrics, "motley_build_info", version="1.2.3") == 1
 
 

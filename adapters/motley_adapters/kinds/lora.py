@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from motley_bases.spec import BaseSpec
@@ -17,7 +16,9 @@ from motley_kernels.adapter_delta import DeltaUnit
 from torch import Tensor
 
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError
-from motley_adapters.formats import CONFIG_FILE, read_json_file, read_tensor_file, show
+from motley_adapters.formats import CONFIG_FILE, read_json_file, read_tensor_file
+from motley_adapters.kinds.checks import check_factor, module_error, shape_error
+from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.module_patterns import PatternMatcher
 from motley_adapters.peft_config import PeftLoraConfig, parse_lora_config
 from motley_adapters.spec import BaseTensor
@@ -29,6 +30,7 @@ _ALL_LINEAR = "all-linear"
 _PREFIX = "base_model.model."
 _LINEAR_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_SUFFIXES = (".lora_embedding_A", ".lora_embedding_B")
+_RANK_SOURCE = "adapter_config resolves"
 _BASE_WEIGHT_SUFFIXES = (".base_layer.weight", ".weight")
 
 
@@ -45,17 +47,23 @@ class _Factors:
         return _EMBEDDING_SUFFIXES if self.is_embedding else _LINEAR_SUFFIXES
 
 
-def read_lora(directory: Path, base: BaseSpec, base_tensor: BaseTensor | None) -> dict[str, DeltaUnit]:
-    """Read a PEFT LoRA directory into units by module path of the base.
+def read_lora(source: KindSource) -> KindContent:
+    """Read a PEFT LoRA directory.
 
     Shapes: as in `Adapter`; float32, contiguous, on the CPU.
     Raises: AdapterFormatError for files that are malformed, unsupported or at odds with each other;
     AdapterMismatchError for modules or shapes that are not the base's. The field is the tensor's name, the module's
     path or the config's field.
     """
-    config = _spell_out_targets(parse_lora_config(read_json_file(directory, CONFIG_FILE)), base)
-    tensors = parse_tensors(read_tensor_file(directory))
-    factors = _sort_tensors(tensors, base, base_tensor)
+    return KindContent(read_peft_units(source))
+
+
+def read_peft_units(source: KindSource) -> dict[str, DeltaUnit]:
+    """Return the units of a PEFT LoRA directory by module path of the base; see `read_lora`."""
+    base = source.base
+    config = _spell_out_targets(parse_lora_config(read_json_file(source.directory, CONFIG_FILE)), base)
+    tensors = parse_tensors(read_tensor_file(source.directory))
+    factors = _sort_tensors(tensors, base, source.base_tensor)
     matcher = PatternMatcher()
     _check_targets(factors, config, base, matcher)
     return {path: _unit(path, factors[path], config, base, matcher) for path in sorted(factors)}
@@ -110,15 +118,7 @@ def _check_module(name: str, path: str, is_embedding: bool, base: BaseSpec) -> N
         kind = "an embedding" if path == base.embedding_path else "a Linear"
         message = f"{name} does not go with {path}, which is {kind}"
         raise AdapterMismatchError(message, reason="WRONG_MODULE_KIND", field=name)
-    raise _module_error(path, base, name)
-
-
-def _module_error(path: str, base: BaseSpec, field: str) -> AdapterMismatchError:
-    if path in base.other_modules:
-        message = f"{path} is not a Linear of {base.name} ({base.architecture}), so it takes no adapter"
-        return AdapterMismatchError(message, reason="NOT_A_LINEAR", field=field)
-    message = f"{base.name} ({base.architecture}) has no module {show(path)}"
-    return AdapterMismatchError(message, reason="UNKNOWN_MODULE", field=field)
+    raise module_error(path, base, name)
 
 
 def _check_base_weight(name: str, path: str, tensor: Tensor, base: BaseSpec, base_tensor: BaseTensor | None) -> None:
@@ -126,7 +126,7 @@ def _check_base_weight(name: str, path: str, tensor: Tensor, base: BaseSpec, bas
     is_embedding = path == base.embedding_path or base.tied_embeddings
     expected = (base.vocab_size, base.hidden_size) if is_embedding else tuple(reversed(base.linears[path]))
     if tuple(tensor.shape) != expected:
-        raise _shape_error(name, expected, tensor, "; a vocabulary that was resized is not served")
+        raise shape_error(name, expected, tensor, "; a vocabulary that was resized is not served")
     if base_tensor is None:
         message = f"{name} is a copy of a base weight, and the base's own is not at hand to compare"
         raise AdapterMismatchError(message, reason="BASE_WEIGHT_UNVERIFIED", field=name)
@@ -154,7 +154,7 @@ def _check_targets(
             raise AdapterFormatError(message, reason="UNTARGETED_TENSOR", field=name)
     for path in sorted(base.other_modules):
         if path and matcher.selects(path, config):
-            raise _module_error(path, base, "adapter_config.target_modules")
+            raise module_error(path, base, "adapter_config.target_modules")
     if not factors:
         message = f"adapter_config.target_modules means no module of {base.name}"
         raise AdapterMismatchError(message, reason="UNKNOWN_MODULE", field="adapter_config.target_modules")
@@ -169,20 +169,7 @@ def _unit(path: str, pair: _Factors, config: PeftLoraConfig, base: BaseSpec, mat
     alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
     inputs, outputs = (base.vocab_size, base.hidden_size) if pair.is_embedding else base.linears[path]
     names = [f"{_PREFIX}{path}{suffix}" for suffix in pair.suffixes]
-    _check_factor(names[0], pair.a, (rank, inputs), rank_axis=0)
-    _check_factor(names[1], pair.b, (outputs, rank), rank_axis=1)
-    return DeltaUnit(pair.a.to(torch.float32), pair.b.to(torch.float32), config.scaling(alpha, rank))
-
-
-def _check_factor(name: str, tensor: Tensor, expected: tuple[int, int], *, rank_axis: int) -> None:
-    if tensor.ndim != 2 or tensor.shape[1 - rank_axis] != expected[1 - rank_axis]:
-        raise _shape_error(name, expected, tensor)
-    if tensor.shape[rank_axis] != expected[rank_axis]:
-        actual, wanted = tensor.shape[rank_axis], expected[rank_axis]
-        message = f"{name} has rank {actual}, but adapter_config resolves to {wanted}: its scale would be wrong"
-        raise AdapterFormatError(message, reason="RANK_MISMATCH", field=name)
-
-
-def _shape_error(name: str, expected: tuple[int, ...], tensor: Tensor, hint: str = "") -> AdapterMismatchError:
-    message = f"{name} has shape {list(tensor.shape)}, the base takes {list(expected)}{hint}"
-    return AdapterMismatchError(message, reason="SHAPE_MISMATCH", field=name)
+    check_factor(names[0], pair.a, (rank, inputs), rank_axis=0, source=_RANK_SOURCE)
+    check_factor(names[1], pair.b, (outputs, rank), rank_axis=1, source=_RANK_SOURCE)
+    b = pair.b.to(torch.float32).T.contiguous()  # as the operator reads it: a row per rank
+    return DeltaUnit(pair.a.to(torch.float32), b, config.scaling(alpha, rank))

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from motley_client.endpoint import UNREACHABLE
 from motley_client.foreign import ForeignCommand, foreign_commands
 from motley_client.settings import Settings, SettingsError, endpoint
-from motley_client.types import ChatMessage, Generation, Sampling, Score, ServerInfo
+from motley_client.types import ChatMessage, Generation, Sampling, Score, ServedBy, ServerInfo
 
 if TYPE_CHECKING:
     from motley_client.client import Client
@@ -134,14 +134,16 @@ def generate(
             answer = client.generate(text, messages=messages, adapters=adapters, **sampling)
             typer.echo(json.dumps(_generation_json(answer)))
             return
-        has_written = False
+        has_written, served_by = False, None
         try:
             for part in client.stream(text, messages=messages, adapters=adapters, **sampling):
+                served_by = part.served_by or served_by
                 typer.echo(part.text, nl=False)
                 has_written = True
         finally:
             if has_written:
                 typer.echo()
+    _note_overlaps(served_by)
 
 
 @app.command()
@@ -164,6 +166,7 @@ def score(
         return
     for continuation, one in zip(continuations, scored.scores, strict=True):
         typer.echo(f"{one.logprob:.4f}\t{continuation}")
+    _note_overlaps(scored.served_by)
 
 
 @app.command()
@@ -228,6 +231,14 @@ def _adapters(choices: list[str] | None) -> list[tuple[str, float]]:
     return pairs
 
 
+def _note_overlaps(served_by: ServedBy | None) -> None:
+    """Say on stderr which adapters changed the same channels: what they do together, neither was trained for."""
+    for one in () if served_by is None else served_by.adapters:
+        if one.overlapping_channels:
+            text = f"{one.name}@{one.version} ({one.kind}) shares {one.overlapping_channels} channels with the others"
+            typer.echo(f"note: {text}", err=True)
+
+
 def _generation_json(answer: Generation) -> dict[str, Any]:
     return {
         "text": answer.text,
@@ -260,4 +271,4 @@ def _info_rows(found: ServerInfo) -> list[tuple[str, object]]:
     facts = asdict(found)
     limits, adapters, kinds = facts.pop("limits"), facts.pop("adapters"), facts.pop("adapter_kinds")
     rows = [*facts.items(), ("adapter_kinds", " ".join(kinds)), *limits.items()]
-    return rows + [("adapter", f"{one['name']}@{one['version']} {one['digest']}") for one in adapters]
+    return rows + [("adapter", f"{one['name']}@{one['version']} {one['digest']} {one['kind']}") for one in adapters]

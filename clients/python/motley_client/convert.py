@@ -219,7 +219,7 @@ def _scalars(message: Message, *excluded: str) -> dict[str, Any]:
 
 
 def _served_adapter(message: common_pb2.ServedAdapter) -> ServedAdapter:
-    return ServedAdapter(message.name, message.version, message.digest, message.weight, message.trained_on)
+    return ServedAdapter(**_scalars(message))
 
 
 def _usage(message: common_pb2.Usage) -> Usage:

@@ -58,13 +58,19 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """An adapter version as it was resolved; `trained_on` is a base fingerprint or `undeclared`."""
+    """An adapter version as it was resolved; `trained_on` is a base fingerprint or `undeclared`.
+
+    Semantics: `kind` is one of the server's `adapter_kinds`; `overlapping_channels` counts those of its channels that
+    another S2FT adapter of the same request changes too, where the two interfere, and is 0 for other kinds.
+    """
 
     name: str
     version: int
     digest: str
     weight: float
     trained_on: str
+    kind: str
+    overlapping_channels: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ __all__ = [
     "add_embedding_delta",
 ]
 
-Implementation = Literal["auto", "reference", "grouped"]
+Implementation = Literal["auto", "reference", "grouped", "triton"]
 
 
 def add_delta(
@@ -35,12 +35,12 @@ def add_delta(
 ) -> None:
     """Add each token's adapter delta to `y`, in place.
 
-    Semantics: y[t] += sum over members (slot, weight) of t's segment of weight * scaling * B (A x[t]), for the members
-    that have a unit here; a token in no segment, or with no unit here, keeps its bits and costs nothing. Products and
-    sums are in float32 whatever the types given (float64 by the reference, where y is), members are summed in the set's
-    order, and `y` is rounded once. A token's bits do not depend on other tokens.
+    Semantics: y[t] += sum over members (slot, weight) of t's segment of weight times the member's unit of x[t] (see
+    `DeltaUnit`), for the members that have a unit here; a token in no segment, or with no unit here, keeps its bits and
+    costs nothing. Products and sums are in float32 whatever the types given (float64 by the reference, where y is), and
+    `y` is rounded once. A token's bits do not depend on other tokens.
     Shapes: x [T, I], y [T, O], any float dtypes.
-    Effects: writes only `y`, and scratch in `units.stacks` and `batch.layouts`.
+    Effects: writes only `y`, and scratch in `units.plan` and `batch.layouts`.
     Raises: ShapeError if T, I or O disagree with `batch` or `units`; DeviceError if tensors live on two devices.
     Source: Punica SGMV, arXiv:2310.18547; reference.py is the definition.
     """
@@ -50,8 +50,13 @@ def add_delta(
     if x.shape != (batch.num_tokens, units.in_features):
         raise ShapeError(f"x is {tuple(x.shape)}, expected ({batch.num_tokens}, {units.in_features})")
     _check_device(y, x, units)
-    if _use_reference(implementation, y):
+    chosen = _choose(implementation, y)
+    if chosen == "reference":
         reference.add_delta(y, x, units, batch)
+    elif chosen == "triton":
+        from motley_kernels.adapter_delta import triton_impl  # only here, as a machine without a GPU needs no triton
+
+        triton_impl.add_delta(y, x, units, batch)
     else:
         grouped.add_delta(y, x, units, batch)
 
@@ -71,7 +76,8 @@ def add_embedding_delta(
     `output_scale`, for bases that scale their embeddings.
     Shapes: input_ids [T] integer, below the table's in_features; y [T, O].
     Effects: writes only `y`.
-    Raises: ShapeError if T or O disagree with `batch` or `units`; DeviceError if tensors live on two devices.
+    Raises: ShapeError if T or O disagree with `batch` or `units`; DeviceError if tensors live on two devices;
+    ValueError for a unit that is not a plain low-rank pair.
     """
     if not batch.segments or not units.units:
         return
@@ -79,14 +85,24 @@ def add_embedding_delta(
     if input_ids.shape != (batch.num_tokens,):
         raise ShapeError(f"input_ids are {tuple(input_ids.shape)}, expected ({batch.num_tokens},)")
     _check_device(y, input_ids, units)
-    if _use_reference(implementation, y):
+    chosen = _choose(implementation, y)
+    if chosen == "reference":
         reference.add_embedding_delta(y, input_ids, units, batch, output_scale)
+    elif chosen == "triton":
+        from motley_kernels.adapter_delta import triton_impl
+
+        triton_impl.add_embedding_delta(y, input_ids, units, batch, output_scale)
     else:
         grouped.add_embedding_delta(y, input_ids, units, batch, output_scale)
 
 
-def _use_reference(implementation: Implementation, y: Tensor) -> bool:
-    return implementation == "reference" or (implementation == "auto" and y.dtype == torch.float64)
+def _choose(implementation: Implementation, y: Tensor) -> Implementation:
+    """Return what `auto` means for this output: the kernels on CUDA, plain torch elsewhere, neither for float64."""
+    if implementation != "auto":
+        return implementation
+    if y.dtype == torch.float64:
+        return "reference"
+    return "triton" if y.is_cuda else "grouped"
 
 
 def _check_output(y: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
@@ -96,5 +112,5 @@ def _check_output(y: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
 
 def _check_device(y: Tensor, given: Tensor, units: UnitTable) -> None:
     unit = next(iter(units.units.values()))
-    if not (y.device == given.device == unit.a.device):
-        raise DeviceError(f"y is on {y.device}, the input on {given.device}, the units on {unit.a.device}")
+    if not (y.device == given.device == unit.device):
+        raise DeviceError(f"y is on {y.device}, the input on {given.device}, the units on {unit.device}")

@@ -1,169 +1,227 @@
 """The adapter delta in plain torch: the path on CPUs and on devices without a kernel of ours.
 
-Semantics are those of `reference`; what differs is the order of work. Single tokens are multiplied one row at a time in
-batched products over stacked units, never several rows of one unit at once: a one-row product has the same bits
-wherever it stands, whatever stands beside it, and reads a unit just as fast. Runs (prefill) take one plain product per
-unit. The engine thread runs it; its scratch lives in the batch and in the unit table.
+Semantics are those of `reference`; what differs is the order of work. Single tokens are taken together, whatever kinds
+and ranks their units have: the memory in which the units lie is seen as rows of one width, every (token, row) pair that
+some unit needs is one inner product of a sampled product, and every token's output is one weighted sum of rows. No row
+is copied, padded or moved, no product knows where one unit ends, and a token's bits depend on its own rows alone. Runs
+(prefill) take plain products. The engine thread runs it; what it derives lies in the unit table and in the batch.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from motley_kernels.adapter_delta.layout import RUN_PADDING, Layout, Place, make_layout
-from motley_kernels.adapter_delta.stacks import RankStack, aligned, stack_view
-from motley_kernels.adapter_delta.types import DeltaBatch, DeltaUnit, UnitTable
+from motley_kernels.adapter_delta.layout import Expand, Gates, Layout, Member, Shrink, make_layout
+from motley_kernels.adapter_delta.places import Found, find_channels, find_rows, find_unit
+from motley_kernels.adapter_delta.reference import embedding_factors
+from motley_kernels.adapter_delta.routing import share_out
+from motley_kernels.adapter_delta.runs import Run, RunRows, add_run, make_member, make_rows
+from motley_kernels.adapter_delta.types import DeltaBatch, Segment, UnitTable
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ShrinkPlan:
+    """A shrink at one Linear: the pattern of pairs, the rows transposed, and what to gather of the tokens."""
+
+    shrink: Shrink
+    pattern: Tensor  # sparse [N or items, rows of the memory], whose values are the shrink's products
+    columns: Tensor
+    gather: Tensor | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpandPlan:
+    """An expand at one Linear: the rows to sum, which of them, and where in the outputs the sums belong."""
+
+    expand: Expand
+    rows: Tensor | None
+    indices: Tensor | None
+    scatter: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
-    """One batch at one Linear, ready to run: views of the factors for each product of the layout.
+    """One batch at one Linear, ready to run; without a layout no single token has a unit here."""
 
-    Semantics: `launches` and `runs` are (A^T, B^T, first item, end); `stacks` are those looked at, with the version
-    that the views belong to. A plan without a layout is that of a batch none of whose members has a unit here.
-    """
-
+    batch: DeltaBatch
     generation: int
-    stacks: tuple[tuple[RankStack, int], ...]
     layout: Layout | None
-    launches: tuple[tuple[Tensor, Tensor, int, int], ...] = ()
-    runs: tuple[tuple[Tensor, Tensor, int, int], ...] = ()
+    shrinks: tuple[ShrinkPlan, ...]
+    copies: Tensor | None
+    expands: tuple[ExpandPlan, ...]
+    runs: tuple[Run, ...]
+    found: dict[int, Found]
 
 
 def add_delta(y: Tensor, x: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
     """Add each token's adapter delta to `y`, in place; see the package's `add_delta`."""
-    plan = _plan_for(units, batch)
-    layout = plan.layout
-    if layout is None:
-        return
-    rows = x if layout.sources is None else x.index_select(0, layout.sources)
-    rows = rows.to(torch.float32)
-    if aligned(units.in_features) != units.in_features:
-        rows = pad(rows, (0, aligned(units.in_features) - units.in_features))
-    deltas = _multiply(rows.unsqueeze(1), plan, layout, aligned(units.out_features))
-    _sum_into(y, deltas[:, : units.out_features], layout)
+    plan = units.plan
+    if not isinstance(plan, Plan) or plan.batch is not batch or plan.generation != units.generation:
+        # Outside inference mode, so that scratch made under it can be written without it.
+        with torch.inference_mode(False):
+            plan = _make_plan(units, batch, plan.found if isinstance(plan, Plan) else {})
+        units.plan = plan
+    if plan.layout is not None:
+        _add_singles(y, x, plan, plan.layout)
+    for run in plan.runs:
+        add_run(y, x, run)
 
 
 def add_embedding_delta(y: Tensor, input_ids: Tensor, units: UnitTable, batch: DeltaBatch, output_scale: float) -> None:
     """Add each token's embedding delta to `y`, in place; see the package's `add_embedding_delta`."""
     for segment in batch.segments:
-        members = [(units.units[slot], weight) for slot, weight in segment.members if slot in units.units]
-        if not members:
-            continue
         tokens = segment.token_indices
-        ids = input_ids.index_select(0, tokens)
         total: Tensor | None = None
-        for unit, weight in members:
-            hidden = unit.a.index_select(1, ids).t().to(torch.float32) * (weight * unit.scaling * output_scale)
-            factor = unit.b.to(torch.float32).t().expand(len(tokens), -1, -1)
-            delta = torch.bmm(hidden.unsqueeze(1), factor).squeeze(1)
+        for slot, weight in segment.members:
+            if (unit := units.units.get(slot)) is None:
+                continue
+            units.await_arrival(slot)
+            a, b = embedding_factors(unit)
+            hidden = a.index_select(1, input_ids.index_select(0, tokens)).t().to(torch.float32)
+            hidden = hidden * (weight * unit.scaling * output_scale)
+            delta = torch.bmm(hidden.unsqueeze(1), b.to(torch.float32).expand(len(tokens), -1, -1)).squeeze(1)
             total = delta if total is None else total.add_(delta)
-        assert total is not None
-        y.index_copy_(0, tokens, y.index_select(0, tokens).add_(total))
+        if total is not None:
+            y.index_copy_(0, tokens, y.index_select(0, tokens).add_(total))
 
 
-def _multiply(rows: Tensor, plan: Plan, layout: Layout, out_features: int) -> Tensor:
-    """Return every item's scaled delta, [items, O'] float32."""
-    if len(plan.launches) == 1 and not plan.runs:
-        a, b, _, _ = plan.launches[0]
-        return torch.bmm(torch.bmm(rows, a).mul_(layout.scales), b).squeeze(1)
-    deltas = rows.new_empty(layout.num_items, 1, out_features)
-    for a, b, start, stop in plan.launches:
-        hidden = torch.bmm(rows[start:stop], a).mul_(layout.scales[start:stop])
-        torch.bmm(hidden, b, out=deltas[start:stop])
-    deltas = deltas.squeeze(1)
-    for (a, b, start, stop), run in zip(plan.runs, layout.runs, strict=True):
-        hidden = torch.mm(rows[start:stop].squeeze(1), a).mul_(run.scale)
-        torch.mm(hidden, b, out=deltas[start:stop])
-    return deltas
-
-
-def _sum_into(y: Tensor, deltas: Tensor, layout: Layout) -> None:
-    """Sum the items of each target in its set's order, and add the sums to `y` with one rounding."""
-    first = layout.passes[0]
-    total = deltas if first is None else deltas.index_select(0, first)
-    for items in layout.passes[1:]:
-        assert items is not None, "a later pass never holds every item"
-        total[: len(items)].add_(deltas.index_select(0, items))
-    if layout.target_range is not None:
-        start, stop = layout.target_range
-        y[start:stop].add_(total)
+def _add_singles(y: Tensor, x: Tensor, plan: Plan, layout: Layout) -> None:
+    rows = x if layout.is_whole else x.index_select(0, layout.targets)
+    rows = rows.to(torch.float32).contiguous()
+    products = _shrink(rows, plan)
+    if layout.gates is not None:
+        _route(products, layout.gates)
+    total = _expand(products, plan, layout, y.shape[1])
+    if layout.is_whole:
+        y.add_(total)
+    elif layout.span is not None:
+        y[layout.span[0] : layout.span[1]].add_(total)
     else:
         y.index_copy_(0, layout.targets, y.index_select(0, layout.targets).add_(total))
 
 
-def _plan_for(units: UnitTable, batch: DeltaBatch) -> Plan:
-    """Return the plan of this batch here, made anew if a unit or a stack's row has changed since."""
-    plan = batch.layouts.get(units)
-    if (
-        isinstance(plan, Plan)
-        and plan.generation == units.generation
-        and all(stack.version == version for stack, version in plan.stacks)
-    ):
-        return plan
-    plan = _make_plan(units, batch)
-    batch.layouts[units] = plan
-    return plan
+def _shrink(rows: Tensor, plan: Plan) -> Tensor:
+    """Return every product, [K] float32."""
+    pieces = []
+    for one in plan.shrinks:
+        products = one.shrink.products
+        read = rows if one.gather is None else rows.view(-1).index_select(0, one.gather).view(-1, len(one.columns))
+        # A zero factor before what was there is no shield: NaN times 0 is NaN, and the next token's.
+        products.zero_()
+        torch.sparse.sampled_addmm(one.pattern, read, one.columns, beta=0.0, out=one.pattern)
+        pieces.append(products)
+    if plan.copies is not None:
+        pieces.append(rows.view(-1).index_select(0, plan.copies))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _make_plan(units: UnitTable, batch: DeltaBatch) -> Plan:
-    stacks = _hold_units(units, batch)
-    places = tuple(
-        tuple(
-            Place(slot, unit.rank, -1 if segment.is_run else stacks[unit.rank].rows[unit], weight * unit.scaling)
-            for slot, weight in segment.members
-            if (unit := units.units.get(slot)) is not None
-        )
-        for segment in batch.segments
-    )
-    versions = tuple((stack, stack.version) for stack in stacks.values())
-    if not any(places):
-        return Plan(units.generation, versions, None)
-    layout = batch.layouts.get(places)
+def _route(products: Tensor, gates: Gates) -> None:
+    """Fill the shares of every gated (token, unit)."""
+    logits = products.index_select(0, gates.logits).view(gates.beyond.shape)
+    if gates.padding is not None:
+        logits.masked_fill_(gates.padding, -torch.inf)
+    share_out(logits, gates.beyond, gates.by_expert)
+
+
+def _expand(products: Tensor, plan: Plan, layout: Layout, out_features: int) -> Tensor:
+    """Return the tokens' deltas, [N, O] float32."""
+    total: Tensor | None = None
+    for one in plan.expands:
+        expand = one.expand
+        weights = products if expand.takes is None else products.index_select(0, expand.takes)
+        weights = weights.mul_(expand.scales)
+        if expand.shares is not None:
+            assert layout.gates is not None
+            weights = weights.mul_(layout.gates.shares.index_select(0, expand.shares))
+        if one.rows is not None:
+            # The sum of a bag of rows: the operator under F.embedding_bag, without its checks of every call.
+            weights = torch.ops.aten._embedding_bag_forward_only(
+                one.rows, one.indices, expand.offsets, False, 0, False, weights, False, -1
+            )[0]
+        if one.scatter is None:
+            total = weights
+        else:
+            total = products.new_zeros(layout.num_tokens, out_features) if total is None else total
+            total.view(-1).index_add_(0, one.scatter, weights.view(-1))
+    assert total is not None, "a layout has an expand"
+    return total
+
+
+def _make_plan(units: UnitTable, batch: DeltaBatch, known: dict[int, Found]) -> Plan:
+    """Plan a batch here, given what an older plan knew of the units; those that add nothing have no part in it."""
+    found = _find_units(units, batch, known)
+    singles: list[tuple[Member, ...]] = []
+    runs: list[Run] = []
+    for index, segment in enumerate(batch.segments):
+        members = [(found[slot], slot, weight) for slot, weight in segment.members if slot in found]
+        if segment.is_run or segment.token_indices.device.type != "cpu":
+            singles.append(())
+            if members:
+                rows = _run_rows(batch, index, segment)
+                runs.append(Run(rows, tuple(make_member(one.unit, weight) for one, _, weight in members)))
+        else:
+            singles.append(tuple([Member(slot, weight * one.unit.scaling, one.form) for one, slot, weight in members]))
+    if not any(singles):
+        return Plan(batch, units.generation, None, (), None, (), tuple(runs), found)
+    sides = (units.in_features, units.out_features)
+    key = (sides, tuple(singles))
+    layout = batch.layouts.get(key)
     if not isinstance(layout, Layout):
-        layout = make_layout(batch, places)
-        batch.layouts[places] = layout
-    launches = tuple(
-        (*stack_view(stacks[it.rank], it.row, it.num_rows, it.stop - it.start), it.start, it.stop)
-        for it in layout.launches
+        batch.layouts[key] = layout = make_layout(batch.segments, singles, batch.num_tokens, sides)
+    return Plan(
+        batch,
+        units.generation,
+        layout,
+        tuple([_plan_shrink(found, shrink) for shrink in layout.shrinks]),
+        None if layout.copies is None else find_channels(found, layout.copies, "inputs"),
+        tuple([_plan_expand(found, expand) for expand in layout.expands]),
+        tuple(runs),
+        found,
     )
-    runs = tuple((*_run_factors(units.units[run.slot]), run.start, run.stop) for run in layout.runs)
-    return Plan(units.generation, versions, layout, launches, runs)
 
 
-def _hold_units(units: UnitTable, batch: DeltaBatch) -> dict[int, RankStack]:
-    """Bring the units of single tokens into the stacks of their ranks.
-
-    Semantics: units of runs keep a row that they have, as they will be wanted when the run ends.
-    """
-    singles: dict[int, list[DeltaUnit]] = {}
-    others: list[DeltaUnit] = []
-    for segment in batch.segments:
-        for slot, _ in segment.members:
-            if (unit := units.units.get(slot)) is not None:
-                (others if segment.is_run else singles.setdefault(unit.rank, [])).append(unit)
-    held = {}
-    for rank, wanted in singles.items():
-        stack = units.stacks.get(rank)
-        if stack is None:
-            stack = RankStack(rank, units.in_features, units.out_features, wanted[0].a.device)
-            units.stacks[rank] = stack
-        stack.hold(wanted, also_keep=others)
-        held[rank] = stack
-    return held
+def _find_units(units: UnitTable, batch: DeltaBatch, known: dict[int, Found]) -> dict[int, Found]:
+    """Look up the units that the batch uses here, each once it has arrived."""
+    found = {}
+    for slot in batch.slots & units.units.keys():
+        unit = units.units[slot]
+        one = known.get(slot)
+        if one is None or one.unit is not unit:
+            units.await_arrival(slot)
+            if (one := find_unit(unit)) is None:
+                continue
+        found[slot] = one
+    return found
 
 
-def _run_factors(unit: DeltaUnit) -> tuple[Tensor, Tensor]:
-    """Return A^T [I', R'] and B^T [R', O'] of a unit, without a copy where it is aligned and in float32 already."""
-    a, b = unit.a.to(torch.float32), unit.b.to(torch.float32)
-    more_rank = -unit.rank % RUN_PADDING
-    more_in, more_out = aligned(a.shape[1]) - a.shape[1], aligned(b.shape[0]) - b.shape[0]
-    if more_rank or more_in:
-        a = pad(a, (0, more_in, 0, more_rank))
-    if more_rank or more_out:
-        b = pad(b, (0, more_rank, 0, more_out))
-    return a.t(), b.t()
+def _run_rows(batch: DeltaBatch, index: int, segment: Segment) -> RunRows:
+    rows = batch.layouts.get(index)
+    if not isinstance(rows, RunRows):
+        batch.layouts[index] = rows = make_rows(segment)
+    return rows
+
+
+def _plan_shrink(found: dict[int, Found], shrink: Shrink) -> ShrinkPlan:
+    memory, indices = find_rows(found, shrink.rows)
+    with warnings.catch_warnings():
+        # Said once by torch, of every such tensor; of its operators this uses the one.
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        pattern = torch.sparse_csr_tensor(
+            shrink.offsets,
+            indices,
+            shrink.products,
+            (len(shrink.offsets) - 1, len(memory)),
+            check_invariants=False,
+        )
+    gather = None if shrink.channels is None else find_channels(found, shrink.channels, "inputs")
+    return ShrinkPlan(shrink, pattern, memory.t(), gather)
+
+
+def _plan_expand(found: dict[int, Found], expand: Expand) -> ExpandPlan:
+    memory, indices = (None, None) if expand.rows is None else find_rows(found, expand.rows)
+    scatter = None if expand.channels is None else find_channels(found, expand.channels, "outputs")
+    return ExpandPlan(expand, memory, indices, scatter)

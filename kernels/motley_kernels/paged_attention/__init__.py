@@ -7,7 +7,9 @@ step, and records no gradient.
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -17,7 +19,24 @@ from motley_kernels.paged_attention.types import LayerKV, PagedBatch
 
 __all__ = ["Implementation", "LayerKV", "PagedBatch", "paged_attention"]
 
-Implementation = Literal["auto", "reference", "grouped"]
+Implementation = Literal["auto", "reference", "grouped", "triton"]
+
+
+class _Attend(Protocol):
+    """What every implementation offers under the same name."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv: LayerKV,
+        batch: PagedBatch,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor: ...
 
 
 def paged_attention(
@@ -39,13 +58,33 @@ def paged_attention(
     where cap(s) = softcap * tanh(s / softcap), and no cap or window where None. Query head h reads key-value head h //
     (H / K). Softmax is in float32. Memory that no sequence owns is never read into a result, whatever it holds.
     Shapes: q [T, H, D], k and v [T, K, D], returns [T, H, D] in q's dtype; rows of padding are zero.
-    Effects: writes `kv` at slot_mapping, and scratch in `batch.layouts`.
-    Raises: ShapeError if the dimensions disagree; DeviceError if tensors live on two devices.
+    `auto` takes the Triton kernels for CUDA tensors of a type and head size that they know, and `grouped` elsewhere.
+    Effects: writes `kv` at slot_mapping, and `batch.layouts`.
+    Raises: ShapeError if the dimensions disagree; DeviceError if tensors live on two devices; KernelError if `triton`
+    is asked for by name and has no kernel for these types.
     Source: PagedAttention, arXiv:2309.06180; reference.py is the definition.
     """
     _check(q, k, v, kv, batch)
-    attend = reference.paged_attention if implementation == "reference" else grouped.paged_attention
+    attend = _choose(implementation, q, kv)
     return attend(q, k, v, kv, batch, scale=scale, sliding_window=sliding_window, softcap=softcap)
+
+
+def _choose(implementation: Implementation, q: Tensor, kv: LayerKV) -> _Attend:
+    if implementation == "reference":
+        return reference.paged_attention
+    if implementation == "grouped" or (implementation == "auto" and not (q.is_cuda and _has_triton())):
+        return grouped.paged_attention
+    # Imported here: where no kernel runs, triton need not be installed.
+    from motley_kernels.paged_attention import triton_impl
+
+    if implementation == "auto" and not triton_impl.supports(q, kv):
+        return grouped.paged_attention
+    return triton_impl.paged_attention
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, kv: LayerKV, batch: PagedBatch) -> None:

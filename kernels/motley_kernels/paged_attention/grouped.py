@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from motley_kernels.paged_attention.rows import ChunkRows, SingleRows, reads_of, writes_of
+from motley_kernels.paged_attention.layouts import ChunkRows, GatherKey, SingleRows
+from motley_kernels.paged_attention.rows import reads_of, writes_of
 from motley_kernels.paged_attention.types import LayerKV, PagedBatch
 
 QUERIES_AT_ONCE = 256
@@ -91,10 +92,10 @@ def _gather(blocks: Tensor, rows: Tensor, batch: PagedBatch, name: str) -> Tenso
     Effects: fills scratch that all layers of this shape share, as fresh memory would cost more than the copy.
     """
     source = _flat(blocks)
-    key = ("gathered", name, source.shape[1], source.dtype, len(rows))
-    scratch = batch.layouts.get(key)
-    if not isinstance(scratch, Tensor):
-        scratch = batch.layouts[key] = source.new_empty(len(rows), source.shape[1])
+    key = GatherKey(name, source.shape[1], len(rows), source.dtype)
+    scratch = batch.layouts.gathered.get(key)
+    if scratch is None:
+        scratch = batch.layouts.gathered[key] = source.new_empty(len(rows), source.shape[1])
     return torch.index_select(source, 0, rows, out=scratch)
 
 

@@ -7,78 +7,26 @@ row, so garbage elsewhere in the memory cannot reach a result even through a wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
-
 import torch
-from torch import Tensor
 
+from motley_kernels.paged_attention.layouts import ChunkRows, Reads, SingleRows, Writes
 from motley_kernels.paged_attention.types import PagedBatch
-
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Writes:
-    """Where new tokens are stored: tokens [m] or None for all, slots [m]."""
-
-    tokens: Tensor | None
-    slots: Tensor
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class SingleRows:
-    """The sequences that bring one new token, read together.
-
-    Shapes: tokens [n] rows of the packed batch, rows [n * L] flat rows, mask [n, 1, 1, L] float32, 0 where seen and
-    -inf where not. `all_tokens` says that tokens is all of them.
-    """
-
-    tokens: Tensor
-    all_tokens: bool
-    rows: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ChunkRows:
-    """A sequence that brings several new tokens, packed rows [start, stop).
-
-    Semantics: `rows` None means that nothing older is seen: the new keys and values are all. `mask` [stop - start, L]
-    is True where seen; None means causal.
-    """
-
-    start: int
-    stop: int
-    rows: Tensor | None
-    mask: Tensor | None
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Reads:
-    """All that one forward pass reads under one window."""
-
-    singles: SingleRows | None
-    chunks: tuple[ChunkRows, ...]
 
 
 def writes_of(batch: PagedBatch) -> Writes:
     """Return where the batch's new tokens are stored."""
-    return _once(batch, "writes", lambda: _make_writes(batch))
+    if batch.layouts.writes is None:
+        batch.layouts.writes = _make_writes(batch)
+    return batch.layouts.writes
 
 
 def reads_of(batch: PagedBatch, sliding_window: int | None) -> Reads:
     """Return what the batch reads under a window."""
-    if sliding_window is not None and sliding_window >= max(batch.seq_lens, default=0):
-        sliding_window = None  # it hides nothing here: share the full layers' rows
-    return _once(batch, ("reads", sliding_window), lambda: _make_reads(batch, sliding_window))
-
-
-def _once(batch: PagedBatch, key: object, make: Callable[[], Row]) -> Row:
-    if key not in batch.layouts:
-        batch.layouts[key] = make()
-    return batch.layouts[key]  # type: ignore[return-value]  # each key has one maker
+    hides = sliding_window is not None and sliding_window < max(batch.seq_lens, default=0)
+    window = sliding_window if hides else None  # where it hides nothing, share the full layers' rows
+    if window not in batch.layouts.reads:
+        batch.layouts.reads[window] = _make_reads(batch, window)
+    return batch.layouts.reads[window]
 
 
 def _make_writes(batch: PagedBatch) -> Writes:

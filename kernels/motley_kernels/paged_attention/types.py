@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from motley_kernels.paged_attention.layouts import Layouts
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerKV:
@@ -31,8 +33,8 @@ class PagedBatch:
     in row block_tables[n, p // block_size], column p % block_size. Rows beyond sum(query_lens) are padding: written
     nowhere, their output is zero.
     Shapes: block_tables [N, max_blocks] int64, unused entries 0; slot_mapping [T] int64, the flat row (block *
-    block_size + column) of each new token, -1 for padding. `layouts` is scratch for the implementation: what it derives
-    once and uses in every layer.
+    block_size + column) of each new token, -1 for padding.
+    `layouts` is what implementations derive from all this, once, and use in every layer; a copy starts without.
     """
 
     block_size: int
@@ -40,4 +42,4 @@ class PagedBatch:
     slot_mapping: Tensor
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
-    layouts: dict[object, object] = field(default_factory=dict, repr=False)
+    layouts: Layouts = field(default_factory=Layouts, init=False, repr=False)

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16motley/v1/common.proto\x12\tmotley.v1\":\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"b\n\rServedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\x12\n\ntrained_on\x18\x05 \x01(\t\"d\n\x08ServedBy\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x02 \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x18.motley.v1.ServedAdapter\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16motley/v1/common.proto\x12\tmotley.v1\":\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x8e\x01\n\rServedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\x12\n\ntrained_on\x18\x05 \x01(\t\x12\x0c\n\x04kind\x18\x06 \x01(\t\x12\x1c\n\x14overlapping_channels\x18\x07 \x01(\x03\"d\n\x08ServedBy\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x02 \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x18.motley.v1.ServedAdapter\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'motley.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=388
-  _globals['_FINISHREASON']._serialized_end=483
+  _globals['_FINISHREASON']._serialized_start=433
+  _globals['_FINISHREASON']._serialized_end=528
   _globals['_ADAPTERREF']._serialized_start=37
   _globals['_ADAPTERREF']._serialized_end=95
-  _globals['_SERVEDADAPTER']._serialized_start=97
-  _globals['_SERVEDADAPTER']._serialized_end=195
-  _globals['_SERVEDBY']._serialized_start=197
-  _globals['_SERVEDBY']._serialized_end=297
-  _globals['_USAGE']._serialized_start=299
-  _globals['_USAGE']._serialized_end=386
+  _globals['_SERVEDADAPTER']._serialized_start=98
+  _globals['_SERVEDADAPTER']._serialized_end=240
+  _globals['_SERVEDBY']._serialized_start=242
+  _globals['_SERVEDBY']._serialized_end=342
+  _globals['_USAGE']._serialized_start=344
+  _globals['_USAGE']._serialized_end=431
 # @@protoc_insertion_point(module_scope)

@@ -52,7 +52,7 @@ class AdapterRef(google.protobuf.message.Message):
     name: builtins.str
     """`NAME`, `NAME@alias`, `NAME@3` (version), `NAME@sha256:...` (adapter digest), `public/NAME` or `OWNER/NAME`."""
     weight: builtins.float
-    """Multiplies the adapter's delta; in [-100, 100]. Unset means 1; 0 is the same as not naming the adapter."""
+    """Multiplies the adapter's delta, whatever its kind; in [-100, 100]. Unset means 1; 0 is the same as not naming the adapter."""
     def __init__(
         self,
         *,
@@ -76,6 +76,8 @@ class ServedAdapter(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     TRAINED_ON_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    OVERLAPPING_CHANNELS_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     digest: builtins.str
@@ -83,6 +85,12 @@ class ServedAdapter(google.protobuf.message.Message):
     weight: builtins.float
     trained_on: builtins.str
     """The fingerprint of the base that the adapter declares it was trained on, or `undeclared`."""
+    kind: builtins.str
+    """One of `adapter_kinds` of GetServerInfo."""
+    overlapping_channels: builtins.int
+    """How many of this adapter's channels another adapter of the same request changes too; 0 for kinds other than `s2ft`. A channel is one
+    input or one output of one Linear. Where two adapters hold one, its weights move by the weighted sum of both, which neither was trained for.
+    """
     def __init__(
         self,
         *,
@@ -91,8 +99,10 @@ class ServedAdapter(google.protobuf.message.Message):
         digest: builtins.str = ...,
         weight: builtins.float = ...,
         trained_on: builtins.str = ...,
+        kind: builtins.str = ...,
+        overlapping_channels: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name", "trained_on", b"trained_on", "version", b"version", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "kind", b"kind", "name", b"name", "overlapping_channels", b"overlapping_channels", "trained_on", b"trained_on", "version", b"version", "weight", b"weight"]) -> None: ...
 
 Global___ServedAdapter: typing_extensions.TypeAlias = ServedAdapter
 

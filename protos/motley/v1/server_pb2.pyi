@@ -97,7 +97,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     """The implementation of the adapter delta: `grouped` or `triton`."""
     @property
     def adapter_kinds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Adapter kinds that can be served: `lora`, ..."""
+        """Adapter kinds that can be served, any of them in one batch and on one request:
+        `lora`: low-rank pairs; `loram`: low-rank pairs trained on a pruned copy of the base and recovered for the whole one;
+        `s2ft`: dense blocks for chosen input or output channels; `goat`: low-rank experts that a router chooses for each token and Linear.
+        """
 
     @property
     def limits(self) -> Global___Limits: ...

@@ -22,6 +22,10 @@ class EngineStats:
     num_total_blocks: int
     block_size: int
     kv_bytes_per_block: int
+    num_waiting_for_adapters: int  # requests, of those that wait
+    num_resident_parts: int
+    num_used_arena_bytes: int
+    num_arena_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 from motley_adapters.cache import AdapterCache
 from motley_adapters.identity import cache_seed, set_identity
+from motley_adapters.residency import Residency
 from motley_bases.base import Base
+from motley_kernels.adapter_delta.pool import UnitPool
 from torch import Tensor
 
 from motley_server.engine.block_pool import BlockPool
@@ -19,6 +22,7 @@ from motley_server.engine.detokenizer import IncrementalDetokenizer
 from motley_server.engine.input_batch import wanted_positions
 from motley_server.engine.model_runner import ModelRunner
 from motley_server.engine.observer import EngineObserver, StepReport
+from motley_server.engine.request_adapters import RequestAdapters
 from motley_server.engine.request_state import RequestState
 from motley_server.engine.sampler import Sampler, SamplingRow, score_rows
 from motley_server.engine.scheduler import Scheduled, Scheduler
@@ -33,11 +37,26 @@ log = logging.getLogger(__name__)
 class EngineCore:
     """Answer requests under their own adapters, all of them in the same forward passes."""
 
-    def __init__(self, base: Base, adapters: AdapterCache, settings: EngineSettings, observer: EngineObserver) -> None:
-        self.runner = ModelRunner(base, adapters, settings)
+    def __init__(
+        self,
+        base: Base,
+        adapters: AdapterCache,
+        settings: EngineSettings,
+        observer: EngineObserver,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the memory for keys, values and adapters.
+
+        Semantics: `wake` is called on another thread when an adapter that a step waits for may have arrived.
+        """
+        self.runner = ModelRunner(base, settings)
+        self.residency = _make_residency(base, adapters, settings, observer, wake)
         self.pool = BlockPool(self.runner.num_blocks, settings.block_size)
+        self.is_waiting_for_adapters = False  # the last step had nothing to do but to wait
+        self._adapters = RequestAdapters(self.residency, adapters)
         self.scheduler = Scheduler(
             self.pool,
+            self._adapters,
             observer,
             max_running=settings.max_running,
             token_budget=settings.token_budget,
@@ -51,7 +70,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Tell whether a step would do anything."""
+        """Tell whether any request is unfinished."""
         return self.scheduler.has_work
 
     @property
@@ -65,14 +84,16 @@ class EngineCore:
         Semantics: a request that cannot be begun fails by itself: its one event is returned, and nobody else notices.
         """
         try:
-            self.runner.bind(request)
+            self._adapters.add(request)
             identity = set_identity((adapter.digest, adapter.weight) for adapter in request.adapters)
             seed = cache_seed(identity, self._base.spec.fingerprint, request.tenant_id.encode())
             state = RequestState(request, arrival, seed, self._make_detokenizer, self._observer)
             sequence = state.start()
+        except MotleyError as error:
+            return self._refuse(request, error)
         except Exception:
             log.exception("request %s could not be begun", request.request_id)
-            return RequestEvent(request.request_id, error=_fault("the request could not be begun"))
+            return self._refuse(request, _fault("the request could not be begun"))
         self._requests[request.request_id] = state
         self.scheduler.add(sequence)
         return None
@@ -93,14 +114,17 @@ class EngineCore:
         return [self._fail(request_id, error) for request_id in list(self._requests)]
 
     def step(self) -> list[RequestEvent]:
-        """Run one forward pass and return what it made."""
+        """Run one forward pass, if there is anybody who can take part, and return what came of it."""
         started = time.monotonic()
-        batch = self.scheduler.schedule()
+        events = self._fail_unloaded()
+        scheduled = self.scheduler.schedule()
+        events += [self._fail(request_id, error) for request_id, error in self._adapters.take_refusals().items()]
+        batch = [entry for entry in scheduled if entry.sequence.request.request_id in self._requests]
+        self.is_waiting_for_adapters = self.has_work and not batch
         if not batch:
-            return []
+            return events
         for entry in batch:
             self._state(entry.sequence).note_scheduled()
-        events: list[RequestEvent] = []
         try:
             self._postprocess(batch, self.runner.run(batch), events)
         except Exception:
@@ -110,12 +134,37 @@ class EngineCore:
         return events
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every block and every sequence is accounted for."""
+        """Raise AssertionError or RuntimeError unless every block, sequence and adapter is accounted for."""
         self.scheduler.check_integrity()
+        self.residency.check_integrity()
+        if self.residency.num_pins != len(self.scheduler.running):
+            raise AssertionError(f"{self.residency.num_pins} pins, {len(self.scheduler.running)} sequences run")
         queued = {id(sequence) for sequence in (*self.scheduler.running, *self.scheduler.waiting)}
         known = {id(sequence) for state in self._requests.values() for sequence in state.sequences}
         if queued != known:
             raise AssertionError("the scheduler's sequences are not those of the requests in hand")
+
+    def close(self) -> None:
+        """End the thread that loads adapters."""
+        self.residency.close()
+
+    def _fail_unloaded(self) -> list[RequestEvent]:
+        """Bind what was loaded; fail exactly the requests that wait for an adapter that could not be."""
+        errors = self._adapters.poll()
+        if not errors:
+            return []
+        waiting = dict.fromkeys(sequence.request.request_id for sequence in self.scheduler.waiting)
+        events = []
+        for request_id in waiting:
+            adapters = self._requests[request_id].request.adapters
+            error = next((errors[adapter.digest] for adapter in adapters if adapter.digest in errors), None)
+            if error is not None:
+                events.append(self._fail(request_id, error))
+        return events
+
+    def _refuse(self, request: GenerateRequest, error: MotleyError) -> RequestEvent:
+        self._adapters.drop(request.request_id)
+        return RequestEvent(request.request_id, error=error)
 
     def _postprocess(self, batch: list[Scheduled], logits: list[Tensor], events: list[RequestEvent]) -> None:
         failures = self._score(batch, logits)
@@ -179,6 +228,7 @@ class EngineCore:
         event = state.take_event() if state is not None else None
         if event is not None and event.is_last:
             del self._requests[request_id]
+            self._adapters.drop(request_id)
         return event
 
     def _fail_batch(self, batch: list[Scheduled]) -> list[RequestEvent]:
@@ -210,9 +260,19 @@ class EngineCore:
 
     def _fail(self, request_id: str, error: MotleyError) -> RequestEvent:
         state = self._requests.pop(request_id)
+        self._adapters.drop(request_id)
         for sequence in state.sequences:
             self.scheduler.remove(sequence)
         return state.fail(error)
+
+
+def _make_residency(
+    base: Base, adapters: AdapterCache, settings: EngineSettings, observer: EngineObserver, wake: Callable[[], None]
+) -> Residency:
+    # A CPU multiplies float32 faster than bfloat16; a GPU reads half the bytes.
+    dtype = torch.float32 if base.device.type == "cpu" else base.dtype
+    pool = UnitPool(settings.adapter_arena_bytes, device=base.device, dtype=dtype)
+    return Residency(base.sites, pool, adapters, observer, wake, poison=settings.poison_adapter_arena)
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

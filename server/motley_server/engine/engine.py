@@ -50,19 +50,27 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Step again: an adapter has arrived."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Fail what is left and end the thread."""
 
 
-Message = Submit | Cancel | Stop
+MakeCore = Callable[[Callable[[], None]], EngineCore]
+"""Makes the engine, given what to call, on any thread, when a step that waits has something to do."""
+
+Message = Submit | Cancel | Wake | Stop
 
 
 class EngineThread(threading.Thread):
-    """Step the engine while there is work, wait at the mailbox while there is none."""
+    """Step the engine while there is work, wait at the mailbox while there is none, or none that can go on."""
 
     def __init__(
         self,
-        make_core: Callable[[], EngineCore],
+        make_core: MakeCore,
         deliver: Callable[[list[RequestEvent]], None],
         on_stopped: Callable[[], None],
     ) -> None:
@@ -79,7 +87,7 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         """Build the engine, warm it up, then serve until told to stop."""
         try:
-            self.core = self._make_core()
+            self.core = self._make_core(self._wake)
             self.core.runner.warm_up()
         except BaseException as failure:
             self.failure = failure
@@ -92,12 +100,16 @@ class EngineThread(threading.Thread):
         except Exception:
             log.exception("the engine thread died")
         finally:
+            self.core.close()
             self._on_stopped()
+
+    def _wake(self) -> None:
+        self.mailbox.put(Wake())
 
     def _serve(self, core: EngineCore) -> None:
         while True:
             self.heartbeat = time.monotonic()
-            messages = self._read_mailbox(wait=not core.has_work)
+            messages = self._read_mailbox(wait=not core.has_work or core.is_waiting_for_adapters)
             events = [event for message in messages if (event := _apply(core, message)) is not None]
             if any(isinstance(message, Stop) for message in messages):
                 self._deliver(events)
@@ -132,14 +144,14 @@ def _apply(core: EngineCore, message: Message) -> RequestEvent | None:
             return core.add(request, arrival)
         case Cancel(request_id, error):
             return core.cancel(request_id, error)
-        case Stop():
+        case Wake() | Stop():
             return None
 
 
 class Engine:
     """The asyncio front of an engine thread (see `api.EngineFront` for what each method promises)."""
 
-    def __init__(self, make_core: Callable[[], EngineCore], settings: EngineSettings) -> None:
+    def __init__(self, make_core: MakeCore, settings: EngineSettings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, RequestEventStream] = {}
@@ -185,6 +197,10 @@ class Engine:
             num_total_blocks=core.pool.num_blocks,
             block_size=core.pool.block_size,
             kv_bytes_per_block=core.runner.bytes_per_block,
+            num_waiting_for_adapters=core.scheduler.num_waiting_for_adapters,
+            num_resident_parts=core.residency.num_resident_parts,
+            num_used_arena_bytes=core.residency.arena.num_used_bytes,
+            num_arena_bytes=core.residency.arena.num_bytes,
         )
 
     def heartbeat_age_seconds(self) -> float:
@@ -277,6 +293,6 @@ def start_engine(base: Base, adapters: AdapterCache, settings: EngineSettings, o
 
     Raises: ValueError if `settings` leave no room for a single block; whatever building or warming up raised.
     """
-    engine = Engine(lambda: EngineCore(base, adapters, settings, observer), settings)
+    engine = Engine(lambda wake: EngineCore(base, adapters, settings, observer, wake), settings)
     engine.start()
     return engine

@@ -16,10 +16,10 @@ from motley_kernels.paged_attention.types import PagedBatch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from motley_server.engine.pins import UnitSet
 from motley_server.engine.scheduler import Scheduled
 
 ROW_MULTIPLE = 8
-UnitSet = tuple[tuple[int, float], ...]  # (slot, weight) in the order of the request's set
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,3 +59,12 @@ class EngineObserver(Protocol):
 
     def request_finished(self, report: RequestReport) -> None:
         """Take note of a request that ended, however it did."""
+
+    def part_loaded(self, seconds: float) -> None:
+        """Take note of a part of an adapter that became resident on the device, and how long its load took."""
+
+    def part_evicted(self) -> None:
+        """Take note of a part of an adapter that left the device."""
+
+    def load_failed(self) -> None:
+        """Take note of an adapter that could not be loaded."""

@@ -1,7 +1,8 @@
 """Which sequences take part in the next forward pass, and with how many tokens.
 
 Plain Python over integers, tested without a model. A sequence that decodes, one that prefills in chunks and one that is
-recomputed after a preemption differ only in how many tokens they lack. Runs on the engine thread.
+recomputed after a preemption differ only in how many tokens they lack. A sequence runs only while the adapters that it
+needs are pinned; one that waits for them is passed by others, so many times and no more. Runs on the engine thread.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from motley_server.engine.block_pool import BlockPool
 from motley_server.engine.observer import EngineObserver
+from motley_server.engine.pins import AdapterPins
 from motley_server.engine.sequence import Sequence
 
 MAX_SCORED_TOKENS = 256  # of one sequence in one pass: each costs a row of logits as wide as the vocabulary
+ADMISSION_WINDOW = 64  # of those that wait, how many are looked at in a pass
+MAX_OVERTAKEN = 16  # admissions past a sequence that waits for its adapters, until it is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +39,20 @@ class Scheduler:
     """Keep the waiting and the running, and give blocks to those that run."""
 
     def __init__(
-        self, pool: BlockPool, observer: EngineObserver, *, max_running: int, token_budget: int, prefix_cache: bool
+        self,
+        pool: BlockPool,
+        adapters: AdapterPins,
+        observer: EngineObserver,
+        *,
+        max_running: int,
+        token_budget: int,
+        prefix_cache: bool,
     ) -> None:
         self.pool = pool
+        self.num_waiting_for_adapters = 0  # requests, as of the last pass
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
+        self._adapters = adapters
         self._observer = observer
         self._max_running = max_running
         self._token_budget = token_budget
@@ -70,7 +84,7 @@ class Scheduler:
 
         Semantics: decoding sequences come first, so that a long prompt never delays a stream by more than one pass;
         then prompts that are half done; then, if nobody had to be preempted, new ones. Returns nothing only if there is
-        no work.
+        no work, or none whose adapters are there yet.
         """
         budget = self._token_budget
         batch: list[Scheduled] = []
@@ -109,24 +123,57 @@ class Scheduler:
         self.pool.check_integrity(sequence.block_table for sequence in self.running)
         if any(sequence.block_table for sequence in self.waiting):
             raise AssertionError("a waiting sequence owns blocks")
+        if any(sequence.pins is None for sequence in self.running) or any(sequence.pins for sequence in self.waiting):
+            raise AssertionError("a waiting sequence has pins, or a running one has none")
 
     def _admit(self, budget: int) -> Iterator[Scheduled]:
-        while self.waiting and budget > 0 and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
-            cached = self._find_cached(sequence)
-            sequence.num_computed_tokens = len(cached) * self.pool.block_size
-            num_tokens = _chunk(sequence, budget)
-            lacking = self._num_lacking_blocks(sequence, num_tokens) - len(cached)
-            if lacking + self.pool.num_unowned(cached) > self.pool.num_free:
-                sequence.num_computed_tokens = 0
-                return
-            self.pool.own(cached)
-            sequence.block_table.extend(cached)
-            sequence.block_table.extend(self.pool.allocate(lacking))
-            self.running.append(self.waiting.popleft())
-            self._note_admission(sequence)
-            yield Scheduled(sequence, num_tokens)
-            budget -= num_tokens
+        """Let those in that wait, in order, but for those who wait for adapters.
+
+        Semantics: one that was overtaken too often is waited for: behind it nobody comes in who needs other adapters
+        than it does, so those that keep its own away run out.
+        """
+        window = list(islice(self.waiting, ADMISSION_WINDOW))
+        self._adapters.look_ahead([sequence.request for sequence in window])
+        passed: list[Sequence] = []
+        allowed: frozenset[str] | None = None
+        for place, sequence in enumerate(window):
+            if allowed is not None and not _digests(sequence) <= allowed:
+                continue
+            if budget == 0 or len(self.running) == self._max_running:
+                if not self._adapters.prefetch(sequence.request, place):
+                    passed.append(sequence)
+            elif (pins := self._adapters.try_pin(sequence.request, place)) is None:
+                passed.append(sequence)
+            else:
+                sequence.pins = pins
+                num_tokens = self._start(sequence, budget)
+                if num_tokens == 0:  # no blocks: nobody passes it for those
+                    budget = 0
+                    continue
+                for other in passed if allowed is None else ():
+                    other.num_overtaken += 1
+                yield Scheduled(sequence, num_tokens)
+                budget -= num_tokens
+            late = next((other for other in passed if other.num_overtaken >= MAX_OVERTAKEN), None)
+            allowed = None if late is None else _digests(late)
+        self.num_waiting_for_adapters = len({sequence.request.request_id for sequence in passed})
+
+    def _start(self, sequence: Sequence, budget: int) -> int:
+        """Make a pinned sequence run; returns its tokens, or 0, and gives everything back, if it lacks blocks."""
+        cached = self._find_cached(sequence)
+        sequence.num_computed_tokens = len(cached) * self.pool.block_size
+        num_tokens = _chunk(sequence, budget)
+        lacking = self._num_lacking_blocks(sequence, num_tokens) - len(cached)
+        if lacking + self.pool.num_unowned(cached) > self.pool.num_free:
+            self._give_back(sequence)
+            return 0
+        self.pool.own(cached)
+        sequence.block_table.extend(cached)
+        sequence.block_table.extend(self.pool.allocate(lacking))
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self._note_admission(sequence)
+        return num_tokens
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
         if not self._prefix_cache:
@@ -162,8 +209,12 @@ class Scheduler:
         return sequence
 
     def _give_back(self, sequence: Sequence) -> None:
+        """Give back blocks and pins; the one place that does."""
         self.pool.release(sequence.block_table)
         sequence.forget_computed()
+        pins, sequence.pins = sequence.pins, None
+        if pins is not None:
+            pins.release()
 
 
 def _decodes(sequence: Sequence) -> bool:
@@ -172,6 +223,10 @@ def _decodes(sequence: Sequence) -> bool:
 
 def _prefills(sequence: Sequence) -> bool:
     return not sequence.is_decoding
+
+
+def _digests(sequence: Sequence) -> frozenset[str]:
+    return frozenset(adapter.digest for adapter in sequence.request.adapters)
 
 
 def _chunk(sequence: Sequence, budget: int) -> int:

@@ -10,6 +10,7 @@ import hashlib
 from array import array
 
 from motley_server.engine.logit_edits import edits_of
+from motley_server.engine.pins import Pins
 from motley_server.engine.types import GenerateRequest, SamplingParams, TokenLogprobs
 
 
@@ -30,6 +31,8 @@ class Sequence:
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when first scheduled
         self.has_started = False
         self.block_table = array("q")
+        self.pins: Pins | None = None  # while it runs
+        self.num_overtaken = 0  # admissions of later ones while it waited for its adapters
         self.prompt_logprobs: list[TokenLogprobs] = []
         self._cache_seed = cache_seed
         self._block_hashes: list[bytes] = []

@@ -47,13 +47,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """An adapter as resolved for one request: what the answer will say served it."""
+    """An adapter as resolved for one request: what the answer will say served it.
+
+    Semantics: `overlapping_channels` counts those of its S2FT channels that another adapter of the request holds too.
+    """
 
     name: str
     version: int
     digest: str
     weight: float
     trained_on: str
+    kind: str
+    overlapping_channels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,43 @@
 """The catalog: which adapters exist, whose they are, and what a name means just now.
 
-In memory, filled when the server starts. Versions are immutable and never reused; aliases move. It knows digests, not
-files or tensors. Every method runs on the event loop's thread, but for those called before it runs.
+In memory, filled when the server starts. Versions are immutable and never reused; aliases move. It knows digests and
+facts, not files or tensors. Every method runs on the event loop's thread, but for those called before it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.registry.names import DEFAULT_ALIAS, AdapterReference, is_name, parse_reference
 
 PUBLIC_OWNER = "public"
+
+
+class AdapterFacts(Protocol):
+    """What is kept of an adapter's content: frozen facts without tensors, as its reader found them.
+
+    Semantics: `channels` are an S2FT adapter's by module path, and nothing for other kinds; what one looks like is not
+    the catalog's business.
+    """
+
+    @property
+    def digest(self) -> str:
+        """Return the identity of the content."""
+
+    @property
+    def kind(self) -> str:
+        """Return the adapter's kind."""
+
+    @property
+    def trained_on(self) -> str:
+        """Return the fingerprint of the base that it declares it was trained on, or `undeclared`."""
+
+    @property
+    def channels(self) -> Mapping[str, object]:
+        """Return the channels that it changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +47,12 @@ class CatalogVersion:
     owner: str
     name: str
     version: int
-    digest: str
-    kind: str
-    trained_on: str
+    facts: AdapterFacts
+
+    @property
+    def digest(self) -> str:
+        """Return the identity of its content."""
+        return self.facts.digest
 
     def name_for(self, tenant_id: str) -> str:
         """Return what this tenant calls it."""
@@ -42,12 +71,12 @@ class Catalog:
     def __init__(self) -> None:
         self._adapters: dict[tuple[str, str], _Adapter] = {}
 
-    def add(self, owner: str, name: str, *, digest: str, kind: str, trained_on: str) -> CatalogVersion:
+    def add(self, owner: str, name: str, facts: AdapterFacts) -> CatalogVersion:
         """Add the next version of an adapter and point its default alias at it."""
         if not is_name(owner) or not is_name(name):
             raise ValueError(f"{owner}/{name} is no adapter's name")
         adapter = self._adapters.setdefault((owner, name), _Adapter())
-        version = CatalogVersion(owner, name, len(adapter.versions) + 1, digest, kind, trained_on)
+        version = CatalogVersion(owner, name, len(adapter.versions) + 1, facts)
         adapter.versions.append(version)
         adapter.aliases[DEFAULT_ALIAS] = version.version
         return version

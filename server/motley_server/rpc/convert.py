@@ -95,6 +95,8 @@ def served_adapter_to(adapter: ServedAdapter) -> common_pb2.ServedAdapter:
         digest=adapter.digest,
         weight=adapter.weight,
         trained_on=adapter.trained_on,
+        kind=adapter.kind,
+        overlapping_channels=adapter.overlapping_channels,
     )
 
 

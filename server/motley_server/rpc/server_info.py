@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import grpc
 from motley.v1 import server_pb2, server_pb2_grpc
 
-from motley_server.admission import MAX_ADAPTERS
+from motley_server.adapter_sets import MAX_ADAPTERS, served_adapter
 from motley_server.engine.api import EngineFront
-from motley_server.engine.types import ServedAdapter
 from motley_server.errors import InvalidArgumentError
 from motley_server.facts import ServerFacts
 from motley_server.lifecycle import Lifecycle
@@ -69,7 +68,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 max_waiting_requests=facts.max_waiting,
             ),
             adapters=[
-                served_adapter_to(ServedAdapter(one.name_for(tenant_id), one.version, one.digest, 1.0, one.trained_on))
+                served_adapter_to(served_adapter(one, tenant_id, weight=1.0))
                 for one in self._catalog.visible(tenant_id)
             ],
         )

@@ -13,7 +13,13 @@ import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from motley_adapters.errors import AdapterError, AdapterFormatError, AdapterMismatchError, CapacityError
+from motley_adapters.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterLoadError,
+    AdapterMismatchError,
+    CapacityError,
+)
 
 from motley_server import errors
 
@@ -36,6 +42,7 @@ CODES: Mapping[type[Exception], grpc.StatusCode] = MappingProxyType({
     errors.InternalError: grpc.StatusCode.INTERNAL,
     AdapterFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterLoadError: grpc.StatusCode.FAILED_PRECONDITION,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 })  # fmt: skip
 

@@ -1,0 +1,352 @@
+"""What of the adapters is on the device: parts in an arena, pinned by those that run, evicted by what is needed next.
+
+A part (an adapter's own units, or units that several adapters share) is absent, on its way, or resident under a slot.
+Capacity never fails anybody who only has to wait: a demand is granted or asked again later. Places in the waiting line
+order the demands: one may evict what only later ones need, never what earlier ones do, so the first of the line always
+gets on. It knows no requests and no names. The engine thread alone, but for the three counts that a scrape reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from motley_kernels.adapter_delta import DeltaUnit
+from motley_kernels.adapter_delta.pool import UnitPool
+
+from motley_adapters.cache import AdapterCache
+from motley_adapters.demand import Demand, demand_of
+from motley_adapters.errors import AdapterError, AdapterLoadError, CapacityError, LeaseError
+from motley_adapters.eviction import EvictionOrder
+from motley_adapters.extents import Extent, ExtentAllocator
+from motley_adapters.loading import Arrival, Loaded, LoadFailed, LoadJob, Measured, MeasureJob, PartLoader, extent_sizes
+
+log = logging.getLogger(__name__)
+
+MAX_LOADS = 8  # on their way at once: what becomes urgent waits behind these at most
+POISON = 0xFF  # every byte of it makes a NaN of any float, and an index out of range
+
+
+class Sites(Protocol):
+    """What parts are bound to (see `motley_bases.linear.DeltaSites`)."""
+
+    def bind(self, slot: int, units: Mapping[str, DeltaUnit], arrivals: Mapping[str, Arrival]) -> None:
+        """Attach units by module path under a slot: all of them, or none."""
+
+    def unbind(self, slot: int) -> None:
+        """Detach a slot's units everywhere."""
+
+
+class ResidencyObserver(Protocol):
+    """Receive what happened, on the engine thread."""
+
+    def part_loaded(self, seconds: float) -> None:
+        """Take note of a part that became resident, and how long its load took."""
+
+    def part_evicted(self) -> None:
+        """Take note of a part that left the device."""
+
+    def load_failed(self) -> None:
+        """Take note of a load that came to nothing."""
+
+
+@dataclass(slots=True)
+class _PlacedPart:
+    extents: list[Extent]
+    provider: str
+    slot: int | None = None  # None while it is on its way
+    num_pins: int = 0
+
+
+class Pins:
+    """Promise that the parts of one demand stay resident, until `release`; made by `Residency.try_pin` alone."""
+
+    def __init__(self, residency: Residency, parts: tuple[str, ...], members: tuple[tuple[int, float], ...]) -> None:
+        self.parts = parts
+        self.members = members  # (slot, weight) in the order of summation
+        self._residency = residency
+
+    def release(self) -> None:
+        """Give the parts back.
+
+        Raises: LeaseError with reason LEASE_RELEASED if they were given back before, and then changes nothing.
+        """
+        self._residency._release(self)
+
+
+class Residency:
+    """Keep parts of adapters in an arena, and bound to the sites of a model."""
+
+    def __init__(
+        self,
+        sites: Sites,
+        pool: UnitPool,
+        cache: AdapterCache,
+        observer: ResidencyObserver,
+        wake: Callable[[], None],
+        *,
+        poison: bool = False,
+    ) -> None:
+        """Make an empty arena of a pool.
+
+        Semantics: `wake` is called on the loader's thread whenever `poll` would find something; with `poison`, bytes
+        that are given up become NaN, so that whoever still read them would show it.
+        """
+        self.arena = ExtentAllocator(pool.num_bytes)
+        self.num_resident_parts = 0
+        self._sites = sites
+        self._pool = pool
+        self._cache = cache
+        self._observer = observer
+        self._poison = poison
+        self._loader = PartLoader(pool, cache, wake)
+        self._order = EvictionOrder()
+        self._slots = itertools.count()
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._parts: dict[str, _PlacedPart] = {}
+        self._measuring: set[str] = set()
+        self._places: dict[str, int] = {}
+        self._pins: set[Pins] = set()
+        self._kept: dict[str, Demand] = {}
+        for adapter in cache.in_memory():
+            self._sizes.update((part.digest, extent_sizes(pool, part)) for part in adapter.parts)
+
+    @property
+    def num_loads(self) -> int:
+        """Return how many jobs are under way."""
+        return len(self._measuring) + len(self._parts) - self.num_resident_parts
+
+    @property
+    def num_pins(self) -> int:
+        """Return how many pins were not released yet."""
+        return len(self._pins)
+
+    def check(self, demand: Demand) -> None:
+        """Refuse a demand that could never be granted, as far as sizes are known.
+
+        Raises: CapacityError with reason ADAPTER_TOO_LARGE.
+        """
+        parts = {part for part, _ in demand.members}
+        kept = {part for other in self._kept.values() for part, _ in other.members} - parts
+        wanted, taken = (sum(sum(self._sizes.get(part, ())) for part in group) for group in (parts, kept))
+        if wanted > self.arena.num_bytes - taken:
+            message = f"it takes {wanted} bytes on the device, and there are {self.arena.num_bytes - taken}"
+            raise CapacityError(message, reason="ADAPTER_TOO_LARGE", field="adapters")
+
+    def look_ahead(self, demands: Iterable[Demand]) -> None:
+        """Say what is waited for, in the order of the line: place 0 first; replaces what was said before."""
+        self._places = {}
+        for place, demand in enumerate(demands):
+            for part, _ in demand.members:
+                self._places.setdefault(part, place)
+
+    def try_pin(self, demand: Demand, place: int) -> Pins | None:
+        """Pin what a demand needs if all of it is resident; else set about loading it, and return None.
+
+        Semantics: `place` is the demand's in the line that `look_ahead` was told.
+        Raises: CapacityError with reason ADAPTER_TOO_LARGE if it could never be granted.
+        """
+        if not self.prefetch(demand, place):
+            return None
+        members = []
+        for digest, weight in demand.members:
+            part = self._parts[digest]
+            assert part.slot is not None
+            part.num_pins += 1
+            self._order.use(digest, _nbytes(part))
+            members.append((part.slot, weight))
+        pins = Pins(self, tuple(digest for digest, _ in demand.members), tuple(members))
+        self._pins.add(pins)
+        return pins
+
+    def prefetch(self, demand: Demand, place: int) -> bool:
+        """Tell whether all that a demand needs is resident, and set about loading what is not placed yet.
+
+        Raises: as `try_pin`.
+        """
+        if all(part in self._parts for part, _ in demand.members):
+            return all(self._parts[part].slot is not None for part, _ in demand.members)
+        self.check(demand)
+        if not self._set_about_all(demand, place):
+            self._unblock(demand, place)
+        return False
+
+    def poll(self) -> dict[str, AdapterError]:
+        """Bind what was loaded, and return, by adapter, why a load came to nothing."""
+        failures: dict[str, AdapterError] = {}
+        for result in self._loader.finished():
+            match result:
+                case Measured(job, sizes):
+                    self._measuring.discard(job.adapter)
+                    self._sizes.update(sizes)
+                case Loaded():
+                    if (error := self._bind(result)) is not None:
+                        failures[result.job.adapter] = error
+                case LoadFailed(MeasureJob(adapter), error):
+                    self._measuring.discard(adapter)
+                    failures[adapter] = error
+                case LoadFailed(LoadJob(adapter, part), error):
+                    self._give_up(part)
+                    failures[adapter] = error
+        for adapter, error in failures.items():
+            self._observer.load_failed()
+            log.warning("adapter %s was not loaded: %s: %s", adapter, error.reason, error.message)
+            self._kept.pop(adapter, None)
+        self._fetch_kept()
+        return failures
+
+    def keep(self, adapter: str) -> None:
+        """Hold an adapter on the device from now on, whether or not anybody uses it; twice is once.
+
+        Raises: UnknownAdapterError; CapacityError with reason ADAPTER_TOO_LARGE if it does not fit beside the others.
+        """
+        demand = demand_of([(self._cache.spec(adapter), 1.0)])
+        self.check(demand)
+        self._kept[adapter] = demand
+        self.prefetch(demand, -1)
+
+    def unkeep(self, adapter: str) -> None:
+        """Let an adapter go as any other; nothing if it was not kept."""
+        self._kept.pop(adapter, None)
+
+    def is_resident(self, part: str) -> bool:
+        """Tell whether a part could be pinned now."""
+        placed = self._parts.get(part)
+        return placed is not None and placed.slot is not None
+
+    def close(self) -> None:
+        """End the loader's thread once it has done what it is at."""
+        self._loader.close()
+
+    def check_integrity(self) -> None:
+        """Recount extents, pins and slots.
+
+        Raises: RuntimeError if they disagree: a fault of this code.
+        """
+        self.arena.check_integrity(extent for part in self._parts.values() for extent in part.extents)
+        pinned = [digest for pins in self._pins for digest in pins.parts]
+        for digest, part in self._parts.items():
+            if part.num_pins != pinned.count(digest) or (part.num_pins and part.slot is None):
+                raise RuntimeError(f"{digest} has {part.num_pins} pins, {pinned.count(digest)} are held")
+        if self.num_resident_parts != sum(part.slot is not None for part in self._parts.values()):
+            raise RuntimeError(f"{self.num_resident_parts} parts are said to be resident")
+
+    def _fetch_kept(self) -> None:
+        for adapter, demand in list(self._kept.items()):
+            try:
+                self.prefetch(demand, -1)
+            except CapacityError as error:  # its size was not known when it was asked for
+                log.warning("adapter %s cannot be kept on the device: %s", adapter, error.message)
+                del self._kept[adapter]
+
+    def _set_about_all(self, demand: Demand, place: int) -> bool:
+        absent = [part for part, _ in demand.members if part not in self._parts]
+        outcomes = [self._set_about(part, demand.providers[part], place) for part in absent]
+        return all(outcomes)
+
+    def _set_about(self, digest: str, provider: str, place: int) -> bool:
+        """Start loading a part, or finding out its size; False if there is no room that this place may take."""
+        sizes = self._sizes.get(digest)
+        if provider in self._measuring or self.num_loads >= MAX_LOADS:
+            return True
+        if sizes is None:
+            self._measuring.add(provider)
+            self._loader.submit(MeasureJob(provider))
+            return True
+        extents = self._allocate(sizes, place)
+        if extents is None:
+            return False
+        self._parts[digest] = _PlacedPart(extents, provider)
+        self._loader.submit(LoadJob(provider, digest, tuple(extents), self._now()))
+        return True
+
+    def _allocate(self, sizes: Sequence[int], place: int) -> list[Extent] | None:
+        evictable = [digest for digest in self._evictable() if self._places.get(digest, place + 1) > place]
+        room = self.arena.num_bytes - self.arena.num_used_bytes
+        if sum(sizes) > room + sum(_nbytes(self._parts[digest]) for digest in evictable):
+            return None
+        while (extents := self.arena.allocate(sizes)) is None and evictable:
+            victim = self._next_victim(evictable)
+            evictable.remove(victim)
+            self._evict(victim)
+        return extents
+
+    def _evictable(self) -> list[str]:
+        kept = {part for demand in self._kept.values() for part, _ in demand.members}
+        return [
+            digest
+            for digest, part in self._parts.items()
+            if part.slot is not None and not part.num_pins and digest not in kept
+        ]
+
+    def _next_victim(self, evictable: Sequence[str]) -> str:
+        """Choose what nobody waits for, the cheapest first; then what is waited for longest ahead."""
+        idle = self._order.cheapest(digest for digest in evictable if digest not in self._places)
+        return idle if idle is not None else max(evictable, key=self._places.__getitem__)
+
+    def _unblock(self, demand: Demand, place: int) -> None:
+        """Start the first of the line over in an empty arena if holes between its own parts are all that is left.
+
+        Raises: CapacityError with reason ADAPTER_TOO_LARGE if what is kept leaves no room even so.
+        """
+        if place != 0 or self._pins or self.num_loads:
+            return
+        for digest in self._evictable():
+            self._evict(digest)
+        if not self._set_about_all(demand, place):
+            message = "no room on the device is large enough beside the adapters that are kept there"
+            raise CapacityError(message, reason="ADAPTER_TOO_LARGE", field="adapters")
+
+    def _bind(self, result: Loaded) -> AdapterError | None:
+        digest = result.job.part
+        slot = next(self._slots)
+        try:
+            self._sites.bind(slot, result.units, result.arrivals)
+        except ValueError as error:
+            self._give_up(digest)
+            return AdapterLoadError(f"it does not fit the base: {error}", reason="ADAPTER_UNREADABLE")
+        part = self._parts[digest]
+        part.slot = slot
+        self.num_resident_parts += 1
+        self._order.use(digest, _nbytes(part))
+        self._observer.part_loaded(result.seconds)
+        return None
+
+    def _evict(self, digest: str) -> None:
+        part = self._parts[digest]
+        assert part.slot is not None
+        self._sites.unbind(part.slot)
+        self._order.give_up(digest)
+        self.num_resident_parts -= 1
+        self._give_up(digest)
+        self._observer.part_evicted()
+
+    def _give_up(self, digest: str) -> None:
+        part = self._parts.pop(digest)
+        if self._poison:
+            for start, size in part.extents:
+                self._pool.buffer[start : start + size].fill_(POISON)
+        self.arena.free(part.extents)
+
+    def _now(self) -> torch.cuda.Event | None:
+        """Return an event after all device work so far: what lay in an extent may be read until then."""
+        if self._pool.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._pool.device))
+        return event
+
+    def _release(self, pins: Pins) -> None:
+        if pins not in self._pins:
+            raise LeaseError(f"the pins of {', '.join(pins.parts)} were released", reason="LEASE_RELEASED")
+        self._pins.remove(pins)
+        for digest in pins.parts:
+            self._parts[digest].num_pins -= 1
+
+
+def _nbytes(part: _PlacedPart) -> int:
+    return sum(extent.size for extent in part.extents)
