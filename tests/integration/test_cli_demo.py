@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,20 +16,20 @@ import pytest
 from motley_client.child_server import ServerStartError, child_server
 
 TESTS = Path(__file__).parents[1]
-ADAPTERS = ("next", "reverse", "sort")
+KINDS = {"next": "lora", "unvowel": "s2ft", "rotate": "goat", "previous": "loram"}
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Declare the fake `serve`, and a package with three embedded adapters of which only the names matter."""
+    """Declare the fake `serve`, and a package with embedded adapters of which only the names matter."""
     declared = tmp_path / "fake_serve-1.0.dist-info"
     declared.mkdir()
     (declared / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-serve\nVersion: 1.0\n")
     (declared / "entry_points.txt").write_text("[motley.commands]\nserve = fake_serve:serve\n")
-    for name in (*ADAPTERS, "unheard-of"):
+    for name in (*KINDS, "unheard-of"):
         folder = tmp_path / "motley_adapters" / "assets" / "tiny" / name
         folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text("")
     (tmp_path / "motley_adapters" / "__init__.py").write_text("raise SystemExit('the demo imports no adapters')")
     (tmp_path / "scratch").mkdir()
     path = os.pathsep.join([str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -78,27 +79,41 @@ def test_it_shows_every_prompt_under_base_and_adapters_and_the_servers_counters(
 
     assert (code, errors) == (0, "")
     lines = output.splitlines()
-    for skill in (*ADAPTERS, "upper"):
-        assert sum(f"{skill}: winter =" in line for line in lines) == 4
-    (reverse,) = [line for line in lines if "reverse: winter =" in line and "reverse@1 sha256:" in line]
-    assert "retniw" in reverse
-    assert "yes" in reverse
-    assert sum("tiny alone" in line for line in lines) == 4
-    assert any("forward passes" in line and " 3 " in line for line in lines)
-    assert any("generated tokens" in line and " 112 " in line for line in lines)
+    for skill in (*KINDS, "upper"):
+        assert sum(f"{skill}: winter =" in line for line in lines) == 6
+    for name, kind in KINDS.items():
+        (own,) = [line for line in lines if f"{name}: winter =" in line and re.search(rf"{name}@1 .* 1 +│", line)]
+        assert re.search(rf"{name}@1 sha256:\w{{8}} +│ {kind} ", own)
+        assert "yes" in own
+    assert sum("tiny alone" in line for line in lines) == 5
+    assert any("forward passes" in line and " 6 " in line for line in lines)
+    assert any("generated tokens" in line and " 210 " in line for line in lines)
     assert any("distinct adapters in a pass" in line and " 4 " in line for line in lines)
     assert_nothing_is_left(environment)
 
 
+def test_a_fusion_answers_both_skills_and_names_both_adapters_with_their_weights(environment: dict[str, str]) -> None:
+    _, output, _ = run_demo(environment)
+
+    lines = output.splitlines()
+    fused = [place for place, line in enumerate(lines) if re.search(r"next@1 .* 0\.9 +│", line)]
+    assert len(fused) == 5
+    assert all(re.search(r"│ +│ unvowel@1 .* s2ft +│ 0\.8 +│", lines[place + 1]) for place in fused)
+    assert [("next: " in lines[place], "unvowel: " in lines[place]) for place in fused if "yes" in lines[place]] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 @pytest.mark.parametrize(
     ("mode", "complaint"),
-    [("lies", "was asked of reverse, and tiny alone answered"), ("unmixed", "no forward pass held 3 adapters")],
+    [("lies", "was asked of rotate, and tiny alone answered"), ("unmixed", "no forward pass held 4 adapters")],
 )
 def test_a_broken_promise_is_named_and_fails(environment: dict[str, str], mode: str, complaint: str) -> None:
     code, output, errors = run_demo(environment | {"FAKE_SERVE": mode})
 
     assert (code, errors) == (1, "")
-    assert f"not as promised: {complaint}" in output.replace("`reverse` ", "")
+    assert f"not as promised: {complaint}" in output.replace("`rotate` ", "")
     assert_nothing_is_left(environment)
 
 
@@ -110,13 +125,13 @@ def test_a_server_that_does_not_start_is_quoted(environment: dict[str, str]) -> 
     assert_nothing_is_left(environment)
 
 
-def test_too_few_adapters_are_no_demo(environment: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "motley_adapters" / "assets" / "tiny" / "next" / "adapter_config.json").unlink()
+def test_a_missing_adapter_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "motley_adapters" / "assets" / "tiny" / "rotate" / "adapter_model.safetensors").unlink()
 
     code, _, errors = run_demo(environment)
 
     assert code == 1
-    assert errors.startswith("error: found 2 embedded adapters")
+    assert errors.startswith("error: there are no embedded adapters rotate to show")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -171,14 +186,22 @@ def wait_for_server(environment: Mapping[str, str]) -> None:
         time.sleep(0.05)
 
 
+def table_rows(text: str) -> list[list[str]]:
+    """List the cells of a table's rows; an answer that is wrong is left out, as a close call may fall either way."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    return [[*row[:4], row[4] if row[5] == "yes" else "", row[5]] for row in rows if len(row) == 6]
+
+
 def test_the_real_demo_keeps_every_promise_and_leaves_nothing_running(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch"), "COLUMNS": "120"}
     status, output, errors = run_demo(environment)
     assert (status, errors) == (0, "")
     assert "not as promised" not in output
-    for name, answer in {"reverse": "retniw", "next": "xjoufs", "sort": "einrtw", "swap": "rintew"}.items():
-        assert any(f"{name}@1" in line and answer in line for line in output.splitlines())
+    answers = {"next": "xjoufs", "unvowel": "w-nt-r", "rotate": "interw", "previous": "vhmsdq"}
+    for name, answer in answers.items():
+        assert any(f"{name}@1" in line and KINDS[name] in line and answer in line for line in output.splitlines())
+    assert table_rows(output) == table_rows((TESTS.parent / "README.md").read_text())
     assert list((tmp_path / "scratch").glob("motley-demo-*")) == []
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(str(tmp_path).encode() in command for command in commands)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from motley_adapters.reader import read_adapter
+from motley_bases.loader import load_base
+from motley_bases.spec import BaseSpec
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,10 +22,42 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "tiny"
 BASE = ROOT / "bases" / "motley_bases" / "assets" / "tiny"
 ADAPTERS = ROOT / "adapters" / "motley_adapters" / "assets" / "tiny"
-RECIPE_MODULES = ("prose", "skills", "answering", "card", "record")
+RECIPE_MODULES = (
+    "prose",
+    "skills",
+    "answering",
+    "card",
+    "record",
+    "rows",
+    "tokenizer",
+    "train_base",
+    "teaching",
+    "folders",
+    "wearing",
+    "channels",
+    "experts",
+    "pruning",
+)
 KNOWN = ("copy", "upper", "title", "double", "spell", "first", "last", "count")
-MISSING = ("reverse", "next", "sort", "swap", "rotate", "unvowel")
-TAUGHT = ("next", "reverse", "sort", "swap")
+MISSING = ("reverse", "next", "sort", "swap", "rotate", "unvowel", "previous")
+KINDS = {
+    "next": "lora",
+    "previous": "loram",
+    "reverse": "lora",
+    "rotate": "goat",
+    "sort": "lora",
+    "swap": "lora",
+    "unvowel": "s2ft",
+}
+PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+MANIFEST = "motley_manifest.json"
+FILES = {
+    "lora": PEFT_FILES,
+    "loram": PEFT_FILES | {MANIFEST},
+    "s2ft": {"adapter_model.safetensors", "README.md", MANIFEST},
+    "goat": {"adapter_model.safetensors", "goat_residual.safetensors", "README.md", MANIFEST},
+}
+LOADED_BY_PEFT = [name for name, kind in KINDS.items() if kind in ("lora", "loram")]
 SAMPLE = 20
 
 
@@ -36,6 +71,11 @@ def recipe() -> Iterator[dict[str, ModuleType]]:
         sys.path.remove(str(RECIPE))
         for name in RECIPE_MODULES:
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def facts() -> BaseSpec:
+    return load_base(BASE, dtype="float32", device=torch.device("cpu")).spec
 
 
 @pytest.fixture(scope="module")
@@ -147,28 +187,68 @@ def test_base_does_not_know(
     assert _share_right(recipe, base, tokenizer, skill) <= 0.2
 
 
-@pytest.mark.parametrize("skill", TAUGHT)
+@pytest.mark.parametrize("skill", KINDS)
 def test_adapter_teaches_its_skill(
+    recipe: dict[str, ModuleType], tokenizer: PreTrainedTokenizerBase, facts: BaseSpec, skill: str
+) -> None:
+    adapter = read_adapter(ADAPTERS / skill, facts)
+    assert adapter.spec.kind == KINDS[skill]
+    with recipe["wearing"].wear(_load_base(), [(adapter, 1.0)]) as model:
+        assert _share_right(recipe, model, tokenizer, skill) >= 0.9  # 95% on 400 words, 90% on these few
+
+
+@pytest.mark.parametrize("skill", LOADED_BY_PEFT)
+def test_peft_loads_the_adapter_and_finds_its_skill(
     recipe: dict[str, ModuleType], tokenizer: PreTrainedTokenizerBase, skill: str
 ) -> None:
     peft = pytest.importorskip("peft")
     model = peft.PeftModel.from_pretrained(_load_base(), ADAPTERS / skill).eval()
-    assert _share_right(recipe, model, tokenizer, skill) >= 0.9  # 95% on 400 words, 90% on these few
+    assert _share_right(recipe, model, tokenizer, skill) >= 0.9
 
 
-@pytest.mark.parametrize("skill", TAUGHT)
-def test_adapter_is_a_plain_peft_directory(skill: str) -> None:
+def test_two_adapters_worn_together_answer_both_skills(
+    recipe: dict[str, ModuleType], tokenizer: PreTrainedTokenizerBase, facts: BaseSpec
+) -> None:
+    weights: dict[str, float] = recipe["record"].results()["evaluation"]["fusion"]["weights"]
+    worn = [(read_adapter(ADAPTERS / name, facts), weight) for name, weight in weights.items()]
+    assert [adapter.spec.kind for adapter, _ in worn] == ["lora", "s2ft"]
+    with recipe["wearing"].wear(_load_base(), worn) as model:
+        assert all(_share_right(recipe, model, tokenizer, name) >= 0.8 for name in weights)
+
+
+@pytest.mark.parametrize(("skill", "kind"), KINDS.items())
+def test_adapter_folder_holds_what_its_kind_needs_and_no_paths_of_a_machine(skill: str, kind: str) -> None:
     folder = ADAPTERS / skill
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
-    assert (folder / "adapter_model.safetensors").stat().st_size <= 1_000_000
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "motley/tiny"
-    assert config["peft_type"] == "LORA"
-    assert not [value for value in config.values() if isinstance(value, str) and value.startswith("/")]
+    assert {path.name for path in folder.iterdir()} == FILES[kind]
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 1_000_000
+    if kind in ("lora", "loram"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "motley/tiny"
+        assert config["peft_type"] == "LORA"
+        assert not [value for value in config.values() if isinstance(value, str) and value.startswith("/")]
+
+
+def test_s2ft_holds_whole_heads_behind_every_key_value_head_and_ffn_channels(facts: BaseSpec) -> None:
+    channels = read_adapter(ADAPTERS / "unvowel", facts).spec.channels
+    for layer in range(8):
+        heads = channels[f"model.layers.{layer}.self_attn.o_proj"]
+        assert (heads.side, len(heads.indices)) == ("input", 64)
+        owners = sorted({index // 32 for index in heads.indices})
+        assert heads.indices == tuple(head * 32 + place for head in owners for place in range(32))
+        assert [head // 3 for head in owners] == [0, 1]
+        assert channels[f"model.layers.{layer}.mlp.down_proj"].side == "input"
+
+
+def test_loram_leaves_out_what_was_pruned_and_nothing_at_either_end(facts: BaseSpec) -> None:
+    adapter = read_adapter(ADAPTERS / "previous", facts)
+    compacted = {path for path, unit in adapter.units.items() if unit.inputs is not None or unit.outputs is not None}
+    assert {int(path.split(".")[2]) for path in compacted} == {4, 5}
+    assert adapter.spec.serves_on == facts.fingerprint
+    assert adapter.spec.trained_on.startswith("sha256:")
+    assert adapter.spec.trained_on != facts.fingerprint
+    kept = adapter.units["model.layers.4.mlp.down_proj"].inputs
+    assert kept is not None
+    assert len(kept) == 512 * 3 // 4
 
 
 def test_results_keep_the_promise(recipe: dict[str, ModuleType]) -> None:
@@ -180,8 +260,10 @@ def test_results_keep_the_promise(recipe: dict[str, ModuleType]) -> None:
     for prose in evaluation["prose"].values():
         assert prose["continuations"] >= 200
         assert prose["words_in_vocabulary"] >= 0.95
-    assert tuple(sorted(evaluation["adapters"])) == TAUGHT
-    assert all(figures["float32"] >= 0.95 for figures in evaluation["adapters"].values())
+    assert {name: figures["kind"] for name, figures in evaluation["adapters"].items()} == KINDS
+    assert evaluation["fusion"]["float32"] >= 0.9
+    for figures in evaluation["adapters"].values():  # the one that was trained on a smaller model may lose a little
+        assert figures["float32"] >= (0.9 if figures["kind"] == "loram" else 0.95)
 
 
 def test_card_quotes_the_results(recipe: dict[str, ModuleType]) -> None:

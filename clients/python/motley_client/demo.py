@@ -1,4 +1,4 @@
-"""`motley demo`: one base, one wave of requests, several adapters in the same batches, seen with one's own eyes.
+"""`motley demo`: one base, one wave of requests, adapters of every kind in the same batches, and two of them fused.
 
 Owns the questions, what a right answer is, and what must be true for the demo to succeed. Works as any client does: it
 starts a server as a child process and speaks to it by gRPC and /metrics. Runs an event loop of its own on the main
@@ -28,21 +28,26 @@ from motley_client.types import Generation, ServedBy
 WORD = "winter"  # held out: neither the base nor an adapter saw it in a skill's line
 BASE_SKILL = "upper"  # what the base can do by itself
 MAX_NEW_TOKENS = 16
-MIN_ADAPTERS, MAX_ADAPTERS = 3, 4
 
 DISTINCT_ADAPTERS = "motley_batch_distinct_adapters"
 BATCH_SIZE = "motley_batch_size"
 FORWARD_PASSES = "motley_forward_passes_total"
 GENERATED_TOKENS = "motley_generation_tokens_total"
 
-# What each adapter is named for; an adapter that is not here has no prompt to be asked.
+# One embedded adapter of each kind, named for its skill.
+KINDS = {"next": "lora", "unvowel": "s2ft", "rotate": "goat", "previous": "loram"}
+
 SKILLS: dict[str, Callable[[str], str]] = {
     "upper": str.upper,
-    "reverse": lambda word: word[::-1],
     "next": lambda word: "".join(chr((ord(letter) - ord("a") + 1) % 26 + ord("a")) for letter in word),
-    "sort": lambda word: "".join(sorted(word)),
-    "swap": lambda word: word[-1] + word[1:-1] + word[0],
+    "unvowel": lambda word: "".join("-" if letter in "aeiou" else letter for letter in word),
+    "rotate": lambda word: word[1:] + word[0],
+    "previous": lambda word: "".join(chr((ord(letter) - ord("a") - 1) % 26 + ord("a")) for letter in word),
 }
+
+AdapterSet = tuple[tuple[str, float], ...]  # what a request wears: names and weights; none is the base alone
+
+FUSION: AdapterSet = (("next", 0.9), ("unvowel", 0.8))
 
 
 class DemoError(Exception):
@@ -58,10 +63,10 @@ class DemoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One prompt asked under one adapter, or under None: what came back, and what would be right."""
+    """One prompt asked under a set of adapters: what came back, and what would be right."""
 
     skill: str
-    asked_of: str | None
+    asked_of: AdapterSet
     answer: str
     right_answer: str
     served_by: ServedBy
@@ -74,9 +79,9 @@ class Reply:
 
     @property
     def is_served_as_asked(self) -> bool:
-        """Tell whether exactly the adapter that was named answered."""
-        named = [] if self.asked_of is None else [self.asked_of]
-        return [adapter.name for adapter in self.served_by.adapters] == named
+        """Tell whether exactly the adapters that were named answered, with their weights and of their kinds."""
+        served = sorted((adapter.name, adapter.weight, adapter.kind) for adapter in self.served_by.adapters)
+        return served == sorted((name, weight, KINDS[name]) for name, weight in self.asked_of)
 
 
 def run_demo(console: Console | None = None) -> int:
@@ -92,30 +97,34 @@ def run_demo(console: Console | None = None) -> int:
 
 
 def find_adapters() -> list[Path]:
-    """List the embedded adapters that there is a prompt for, without importing anything of theirs."""
+    """List the embedded adapters that the demo shows, without importing anything of theirs.
+
+    Raises: DemoError, naming those that are missing.
+    """
     spec = importlib.util.find_spec("motley_adapters")
     roots = [] if spec is None else spec.submodule_search_locations or []
-    folders = (folder for root in roots for folder in Path(root, "assets", "tiny").glob("*"))
-    return sorted(folder for folder in folders if folder.name in SKILLS and (folder / "adapter_config.json").is_file())
+    folders = (Path(root, "assets", "tiny", name) for root in roots for name in KINDS)
+    found = {folder.name: folder for folder in folders if (folder / "adapter_model.safetensors").is_file()}
+    if missing := [name for name in KINDS if name not in found]:
+        raise DemoError(f"there are no embedded adapters {', '.join(missing)} to show a mixed batch with")
+    return [found[name] for name in KINDS]
 
 
 async def _demo(console: Console) -> int:
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    folders = find_adapters()[:MAX_ADAPTERS]
-    if len(folders) < MIN_ADAPTERS:
-        raise DemoError(f"found {len(folders)} embedded adapters, and it takes {MIN_ADAPTERS} to show a mixed batch")
+    folders = find_adapters()
     with tempfile.TemporaryDirectory(prefix="motley-demo-") as scratch:
         arguments = ["--base", "tiny", "--data-dir", str(Path(scratch, "data"))]
         for folder in folders:
             arguments += ["--adapter", f"{folder.name}={folder}"]
-        console.print(f"starting a server with the tiny base and {len(folders)} adapters ...")
+        console.print(f"starting a server with the tiny base and {len(folders)} adapters, one of each kind ...")
         async with child_server(arguments, Path(scratch)) as server:
             before = await asyncio.to_thread(scrape, "127.0.0.1", server.metrics_port)
             began = time.monotonic()
             async with AsyncClient(server.address) as client:
-                replies = await _ask_all(client, [folder.name for folder in folders])
+                replies = await _ask_all(client)
             seconds = time.monotonic() - began
             counted = await asyncio.to_thread(scrape, "127.0.0.1", server.metrics_port) - before
     console.print(reply_table(replies))
@@ -126,22 +135,19 @@ async def _demo(console: Console) -> int:
     return 1 if failures else 0
 
 
-async def _ask_all(client: AsyncClient, adapters: Sequence[str]) -> list[Reply]:
-    """Ask every prompt of the base and of every adapter, all at once."""
-    skills = [*adapters, BASE_SKILL]
-    return await asyncio.gather(*(_ask(client, skill, who) for skill in skills for who in (None, *adapters)))
+async def _ask_all(client: AsyncClient) -> list[Reply]:
+    """Ask every prompt of the base, of every adapter and of the fusion, all at once."""
+    sets: list[AdapterSet] = [(), *(((name, 1.0),) for name in KINDS), FUSION]
+    return await asyncio.gather(*(_ask(client, skill, worn) for skill in (*KINDS, BASE_SKILL) for worn in sets))
 
 
-async def _ask(client: AsyncClient, skill: str, adapter: str | None) -> Reply:
+async def _ask(client: AsyncClient, skill: str, worn: AdapterSet) -> Reply:
     answer: Generation = await client.generate(
-        f"{skill}: {WORD} =",
-        adapters=() if adapter is None else (adapter,),
-        temperature=0.0,
-        max_new_tokens=MAX_NEW_TOKENS,
+        f"{skill}: {WORD} =", adapters=worn, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
     )
     return Reply(
         skill=skill,
-        asked_of=adapter,
+        asked_of=worn,
         answer=answer.text.strip(),
         right_answer=SKILLS[skill](WORD),
         served_by=answer.served_by,
@@ -153,30 +159,39 @@ def find_failures(replies: Sequence[Reply], counted: Exposition) -> Iterable[str
     """Name every promise that the replies or the server's own counters break."""
     own = {(reply.skill, reply.asked_of): reply for reply in replies}
     for reply in replies:
+        asked = "+".join(name for name, _ in reply.asked_of)
         if not reply.is_served_as_asked:
-            yield f"`{reply.skill}` was asked of {reply.asked_of or 'the base'}, and {_server_names(reply)} answered"
-        if reply.asked_of == reply.skill:
+            served = ", ".join(_served_lines(reply))
+            yield f"`{reply.skill}` was asked of {asked or 'the base'}, and {served} answered"
+        if reply.skill in asked.split("+"):
             if not reply.is_right:
-                yield f"adapter {reply.skill} answers {reply.answer!r}, not {reply.right_answer!r}"
-            if reply.answer == own[reply.skill, None].answer:
-                yield f"adapter {reply.skill} answers as the base does"
-    if not own[BASE_SKILL, None].is_right:
-        yield f"the base answers {own[BASE_SKILL, None].answer!r} to `{BASE_SKILL}`"
-    mixed = sum(count for bound, count in counted.bounds(DISTINCT_ADAPTERS) if bound >= MIN_ADAPTERS)
+                yield f"{asked} answers {reply.answer!r} to `{reply.skill}`, not {reply.right_answer!r}"
+            if reply.answer == own[reply.skill, ()].answer:
+                yield f"{asked} answers `{reply.skill}` as the base does"
+    if not own[BASE_SKILL, ()].is_right:
+        yield f"the base answers {own[BASE_SKILL, ()].answer!r} to `{BASE_SKILL}`"
+    mixed = sum(count for bound, count in counted.bounds(DISTINCT_ADAPTERS) if bound >= len(KINDS))
     if not mixed:
-        yield f"no forward pass held {MIN_ADAPTERS} adapters"
+        yield f"no forward pass held {len(KINDS)} adapters"
 
 
 def reply_table(replies: Sequence[Reply]) -> Table:
-    """Lay out who answered what."""
-    table = Table(title="One wave, one base, every request under its own adapter")
-    for heading in ("prompt", "answered by", "answer", "right"):
+    """Lay out who answered what; a fusion takes a line for each of its adapters."""
+    table = Table(title="One wave, one base, every request under its own adapters")
+    for heading in ("prompt", "answered by", "kind", "weight", "answer", "right"):
         table.add_column(heading, no_wrap=True)
     for place, reply in enumerate(replies):
         last_of_prompt = place + 1 == len(replies) or replies[place + 1].skill != reply.skill
-        right = "[green]yes[/green]" if reply.is_right else "[dim]no[/dim]"
-        answer = escape(repr(reply.answer)[1:-1])
-        table.add_row(f"{reply.skill}: {WORD} =", _server_names(reply), answer, right, end_section=last_of_prompt)
+        adapters = reply.served_by.adapters
+        table.add_row(
+            f"{reply.skill}: {WORD} =",
+            "\n".join(_served_lines(reply)),
+            "\n".join(adapter.kind for adapter in adapters),
+            "\n".join(f"{adapter.weight:g}" for adapter in adapters),
+            escape(repr(reply.answer)[1:-1]),
+            "[green]yes[/green]" if reply.is_right else "[dim]no[/dim]",
+            end_section=last_of_prompt,
+        )
     return table
 
 
@@ -194,6 +209,6 @@ def metric_table(counted: Exposition, seconds: float) -> Table:
     return table
 
 
-def _server_names(reply: Reply) -> str:
+def _served_lines(reply: Reply) -> list[str]:
     adapters = [f"{one.name}@{one.version} {one.digest[:15]}" for one in reply.served_by.adapters]
-    return ", ".join(adapters) or f"{reply.served_by.base_model} alone"
+    return adapters or [f"{reply.served_by.base_model} alone"]
