@@ -32,6 +32,7 @@ from motley_bases.errors import UnreadableBaseError, UnsupportedBaseError
 from motley_bases.fingerprint import fingerprint, stored_dtypes
 from motley_bases.generation import read_generation
 from motley_bases.linear import attach
+from motley_bases.packing import can_pack, pack_linears
 from motley_bases.probe import probe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +62,10 @@ def load_base(directory: Path, *, dtype: str, device: torch.device, cache_direct
     register_attention()
     report = probe(model)
     spec = describe(model, tokenizer, report, stored_generation, name=directory.name, fingerprint=digest)
-    return Base(spec, model, tokenizer, attach(model, spec))
+    sites = attach(model, spec)
+    if can_pack(device, model.dtype):
+        pack_linears(model)
+    return Base(spec, model, tokenizer, sites)
 
 
 def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
