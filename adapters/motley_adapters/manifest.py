@@ -7,7 +7,7 @@ corrected. Pure but for reading and writing the file; any thread but the event l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +41,11 @@ class Manifest:
     details: ManifestObject | None = None
 
 
-def read_manifest(directory: Path, default_kind: str) -> Manifest:
+def read_manifest(directory: Path, kinds: Collection[str], default_kind: str) -> Manifest:
     """Read an adapter's manifest, or make the one of a directory that has none.
 
-    Raises: AdapterFormatError as `read_json_file` does, or with reason UNSUPPORTED_SCHEMA, UNKNOWN_FIELD,
-    MISSING_FIELD or INVALID_FIELD, the field as `motley_manifest.NAME`.
+    Raises: AdapterFormatError as `read_json_file` does, or with reason UNSUPPORTED_SCHEMA, UNSUPPORTED_KIND,
+    UNKNOWN_FIELD, MISSING_FIELD or INVALID_FIELD, the field as `motley_manifest.NAME`.
     """
     if not has_file(directory, MANIFEST_FILE):
         return Manifest(default_kind)
@@ -57,6 +57,8 @@ def read_manifest(directory: Path, default_kind: str) -> Manifest:
     if fields.get("kind") is None:
         raise root.error("MISSING_FIELD", "kind", "is missing")
     kind = root.word("kind")
+    if kind not in kinds:
+        raise root.error("UNSUPPORTED_KIND", "kind", f"is {show(kind)}; served kinds are {', '.join(kinds)}")
     has_details = kind != _PLAIN_KIND
     root.allow(*_FIELDS, *([kind] if has_details else []))
     return Manifest(

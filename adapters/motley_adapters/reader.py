@@ -13,8 +13,6 @@ from types import MappingProxyType
 
 from motley_bases.spec import BaseSpec
 
-from motley_adapters.errors import AdapterFormatError
-from motley_adapters.formats import show
 from motley_adapters.identity import adapter_digest
 from motley_adapters.kinds import goat, lora, loram, s2ft
 from motley_adapters.kinds.content import KindContent, KindSource
@@ -44,13 +42,9 @@ def read_adapter(
     Raises: AdapterFormatError for what is wrong with the files; AdapterMismatchError for what does not fit this
     base. Nothing else, whatever the files hold.
     """
-    manifest = read_manifest(directory, default_kind=lora.KIND)
-    read_kind = KIND_READERS.get(manifest.kind)
-    if read_kind is None:
-        message = f"motley_manifest.kind is {show(manifest.kind)}; served kinds are {', '.join(KIND_READERS)}"
-        raise AdapterFormatError(message, reason="UNSUPPORTED_KIND", field="motley_manifest.kind")
+    manifest = read_manifest(directory, KIND_READERS, default_kind=lora.KIND)
     check_base(manifest, base)
-    content = read_kind(KindSource(directory, base, base_tensor, residuals, manifest.details))
+    content = KIND_READERS[manifest.kind](KindSource(directory, base, base_tensor, residuals, manifest.details))
     shared = tuple(part.digest for part in content.shared)
     digest = adapter_digest(manifest.kind, content.units, shared)
     check_digest(manifest, digest)

@@ -252,3 +252,10 @@ def test_a_second_adapter_stores_no_second_residual(tmp_path: Path) -> None:
     assert len(list(kept.iterdir())) == 1
     assert adapters[0].spec.shared == adapters[1].spec.shared
     assert adapters[0].spec.digest != adapters[1].spec.digest
+
+
+def test_experts_wider_than_their_segment_of_the_spectrum_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, geometry=GoatGeometry(experts=2, top_k=1, rank=6, rho=10.0, segments="head"))
+    with pytest.raises(AdapterFormatError, match="segments of 2") as caught:
+        read_adapter(tmp_path, tiny_spec())
+    assert (caught.value.reason, caught.value.field) == ("INVALID_FIELD", "motley_manifest.goat.rank")

@@ -85,3 +85,10 @@ def test_errors_survive_pickling(kind: type[AdapterError]) -> None:
     error = pickle.loads(pickle.dumps(kind("a sentence", reason="A_REASON", field="a.field")))
     assert type(error) is kind
     assert (str(error), error.message, error.reason, error.field) == ("a sentence", "a sentence", "A_REASON", "a.field")
+
+
+def test_an_unknown_kind_is_named_before_what_stands_beside_it(tmp_path: Path) -> None:
+    directory = write(tmp_path, manifest={"schema_version": 1, "kind": "dora", "s2ft": {}})
+    with pytest.raises(AdapterFormatError, match="dora") as caught:
+        read_adapter(directory, tiny_spec())
+    assert (caught.value.reason, caught.value.field) == ("UNSUPPORTED_KIND", "motley_manifest.kind")

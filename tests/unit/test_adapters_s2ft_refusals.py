@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Callable[[Files], None], type[AdapterError], str, str]] =
     "no object": (lambda files: files[0].pop("s2ft"), FORMAT, "MISSING_FIELD", "motley_manifest.s2ft"),
     "an object that is null": (root(s2ft=None), FORMAT, "INVALID_FIELD", "motley_manifest.s2ft"),
     "an unknown schema": (root(schema_version=2), FORMAT, "UNSUPPORTED_SCHEMA", "motley_manifest.schema_version"),
-    "an unknown kind": (root(kind="s3ft"), FORMAT, "UNKNOWN_FIELD", "motley_manifest.s2ft"),
+    "an unknown kind": (root(kind="s3ft"), FORMAT, "UNSUPPORTED_KIND", "motley_manifest.kind"),
     "trained on another base": (root(trained_on=OTHER), MISMATCH, "BASE_MISMATCH", "motley_manifest.trained_on"),
     "for another base": (root(serves_on=OTHER), MISMATCH, "BASE_MISMATCH", "motley_manifest.serves_on"),
     "trained on who knows": (root(trained_on="undeclared"), FORMAT, "MISSING_FIELD", "motley_manifest.trained_on"),

@@ -110,6 +110,7 @@ def read_goat(source: KindSource) -> KindContent:
         path: _module(path, scales[path], geometry, sides[path], tensors=tensors, residuals=residuals)
         for path in scales
     }
+    _check_segments(geometry, sides, details)
     refuse_others(tensors, KIND)
     refuse_others(residuals, f"{KIND}.scales")
     residual = {path: module.residual_unit(geometry.residual_scaling) for path, module in modules.items()}
@@ -196,6 +197,15 @@ def _read_details(details: ManifestObject) -> tuple[GoatGeometry, dict[str, floa
     if not scales:
         raise details.error("INVALID_FIELD", "scales", "names no module")
     return geometry, scales, details.digest("residual")
+
+
+def _check_segments(geometry: GoatGeometry, sides: Mapping[str, tuple[int, int]], details: ManifestObject) -> None:
+    """Refuse experts that are wider than a segment of the spectrum they start from."""
+    for path, (inputs, outputs) in sides.items():
+        segment = min(inputs, outputs) // geometry.experts
+        if geometry.rank // geometry.experts > segment:
+            problem = f"is {geometry.rank} for {geometry.experts} experts, but {path} has segments of {segment}"
+            raise details.error("INVALID_FIELD", "rank", problem)
 
 
 def _check_scales(tensors: Mapping[str, Tensor], scales: Mapping[str, float], details: ManifestObject) -> None:

@@ -32,9 +32,11 @@ class UnitPool:
 
     def extent_bytes(self, units: Sequence[DeltaUnit]) -> int:
         """Return the bytes of an extent that holds these units wherever it starts."""
-        total = sum(
-            tensor.numel() * dtype.itemsize + self._step(tensor, dtype) for tensor, dtype in self._pieces(units)
-        )
+        total, aligned_to = 0, 0
+        for tensor, dtype in self._pieces(units):
+            step, size = self._step(tensor, dtype), tensor.numel() * dtype.itemsize
+            total += size if step == aligned_to else step + size
+            aligned_to = step if size % step == 0 else 0
         return -(-total // ALIGNMENT) * ALIGNMENT
 
     def place(self, start: int, units: Sequence[DeltaUnit]) -> list[DeltaUnit]:
@@ -63,7 +65,7 @@ class UnitPool:
                 is_router = unit.gate is not None and tensor is unit.gate.router
                 dtype = torch.float32 if is_router else self.dtype if tensor.is_floating_point() else torch.int32
                 pieces.append((tensor, dtype))
-        return sorted(pieces, key=lambda piece: piece[0].shape[-1])
+        return sorted(pieces, key=lambda piece: (piece[0].is_floating_point(), piece[1].itemsize, piece[0].shape[-1]))
 
     def _step(self, tensor: Tensor, dtype: torch.dtype) -> int:
         if self.device.type != "cpu" or not tensor.is_floating_point():

@@ -51,7 +51,8 @@ def expert_shares(gate: Gate, x: Tensor) -> Tensor:
 
     Shapes: x [I]; returns [E] in the dtype of x, summing to 1.
     """
-    logits = gate.router.to(x.dtype) @ x
+    # Row by row: within one product, equal rows may come out unequal, and a tie would not be one.
+    logits = torch.stack([torch.dot(row, x) for row in gate.router.to(x.dtype)])
     chosen = sorted(range(gate.num_experts), key=lambda expert: (-float(logits[expert]), expert))[: gate.top_k]
     shares = torch.zeros_like(logits)
     shares[chosen] = torch.softmax(logits[chosen], dim=0)
