@@ -95,7 +95,8 @@ def make_goat(
             residual_a=residual_a,
             residual_b=residual_b,
         )
-    write_goat(directory, base, geometry, modules, residuals=residuals, dtype=dtype, details={"eta": eta})
+    source = {"eta": eta, "rank_for_scale": "expert"}
+    write_goat(directory, base, geometry, modules, residuals=residuals, dtype=dtype, details=source)
     return directory
 
 

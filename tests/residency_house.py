@@ -124,10 +124,17 @@ class House:
             self.residency.check_integrity()
         return failures
 
+    def ask(self, demand: Demand, place: int = 0) -> Pins | None:
+        """Pin what a demand needs if it is there; else set about loading it, and return None."""
+        if self.residency.is_ready(demand):
+            return self.residency.pin(demand)
+        self.residency.prefetch(demand, place)
+        return None
+
     def pin(self, *digests: str, place: int = 0) -> Pins:
         """Ask until it is granted."""
         for _ in range(20):
-            pins = self.residency.try_pin(self.demand(*digests), place)
+            pins = self.ask(self.demand(*digests), place)
             if pins is not None:
                 for slot, _ in pins.members:
                     self.check(slot)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from motley_adapters.errors import AdapterLoadError, CapacityError, LeaseError, UnknownAdapterError
 from motley_adapters.eviction import EvictionOrder
+from motley_adapters.outline import Outline, outline_of
 from motley_adapters.spec import Adapter, AdapterSpec, Part
 
 
@@ -33,6 +34,7 @@ class AdapterSource(Protocol):
 @dataclass(slots=True)
 class _Entry:
     spec: AdapterSpec
+    outline: Outline
     adapter: Adapter | None = None
     num_leases: int = 0
     num_borrowers: int = 0
@@ -100,10 +102,11 @@ class AdapterCache:
         Raises: CapacityError with reason ADAPTER_BYTES_EXHAUSTED if it does not fit and could not come back.
         """
         digest = adapter.spec.digest
+        outline = outline_of(adapter)
         with self._lock:
             if digest in self._entries:
                 return
-            entry = self._entries[digest] = _Entry(adapter.spec)
+            entry = self._entries[digest] = _Entry(adapter.spec, outline)
             self._hold(entry, adapter)
             if entry.adapter is None and self._source is None:
                 del self._entries[digest]
@@ -128,6 +131,14 @@ class AdapterCache:
         """
         with self._lock:
             return self._entry(digest).spec
+
+    def outline(self, digest: str) -> Outline:
+        """Return the shapes of a known adapter's parts, in memory or not, without reading anything.
+
+        Raises: UnknownAdapterError with reason ADAPTER_NOT_HELD.
+        """
+        with self._lock:
+            return self._entry(digest).outline
 
     @contextmanager
     def borrow(self, digest: str) -> Iterator[Adapter]:

@@ -59,6 +59,12 @@ class ExtentAllocator:
         for extent in _joined(extents):
             self._put_back(extent)
 
+    def copy(self) -> ExtentAllocator:
+        """Return another of the same state, to try things out on."""
+        twin = ExtentAllocator(self.num_bytes)
+        twin.num_used_bytes, twin._free = self.num_used_bytes, list(self._free)
+        return twin
+
     def check_integrity(self, taken: Iterable[Extent]) -> None:
         """Raise RuntimeError unless what is taken and what is free cover every byte once."""
         owned = list(taken)

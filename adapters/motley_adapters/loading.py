@@ -22,6 +22,7 @@ from motley_kernels.adapter_delta.pool import UnitPool, write_units
 from motley_adapters.cache import AdapterCache
 from motley_adapters.errors import AdapterError, AdapterLoadError
 from motley_adapters.extents import Extent
+from motley_adapters.outline import blank_parts
 from motley_adapters.spec import Part
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ Arrival = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class MeasureJob:
-    """Find out what room the parts of an adapter take; it is read if it is not in memory."""
+    """Find out what room the parts of an adapter take; nothing is read for it."""
 
     adapter: str
 
@@ -152,8 +153,8 @@ class _Worker:
             return LoadFailed(job, AdapterLoadError(f"{job.adapter} cannot be loaded", reason="ADAPTER_UNREADABLE"))
 
     def _measure(self, job: MeasureJob) -> Measured:
-        with self._cache.borrow(job.adapter) as adapter:
-            return Measured(job, {part.digest: extent_sizes(self._pool, part) for part in adapter.parts})
+        parts = blank_parts(self._cache.outline(job.adapter))
+        return Measured(job, {part.digest: extent_sizes(self._pool, part) for part in parts})
 
     def _load(self, job: LoadJob) -> Loaded:
         began = time.monotonic()

@@ -8,7 +8,6 @@ gets on. It knows no requests and no names. The engine thread alone, but for the
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,13 +56,16 @@ class ResidencyObserver(Protocol):
 @dataclass(slots=True)
 class _PlacedPart:
     extents: list[Extent]
-    provider: str
     slot: int | None = None  # None while it is on its way
     num_pins: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.size for extent in self.extents)
+
 
 class Pins:
-    """Promise that the parts of one demand stay resident, until `release`; made by `Residency.try_pin` alone."""
+    """Promise that the parts of one demand stay resident, until `release`; made by `Residency.pin` alone."""
 
     def __init__(self, residency: Residency, parts: tuple[str, ...], members: tuple[tuple[int, float], ...]) -> None:
         self.parts = parts
@@ -98,6 +100,7 @@ class Residency:
         """
         self.arena = ExtentAllocator(pool.num_bytes)
         self.num_resident_parts = 0
+        self.num_binds = 0  # ever; only with it what was not ready becomes so
         self._sites = sites
         self._pool = pool
         self._cache = cache
@@ -105,7 +108,6 @@ class Residency:
         self._poison = poison
         self._loader = PartLoader(pool, cache, wake)
         self._order = EvictionOrder()
-        self._slots = itertools.count()
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, _PlacedPart] = {}
         self._measuring: set[str] = set()
@@ -144,36 +146,34 @@ class Residency:
             for part, _ in demand.members:
                 self._places.setdefault(part, place)
 
-    def try_pin(self, demand: Demand, place: int) -> Pins | None:
-        """Pin what a demand needs if all of it is resident; else set about loading it, and return None.
+    def is_ready(self, demand: Demand) -> bool:
+        """Tell whether all that a demand needs could be pinned now."""
+        return all(self.is_resident(part) for part, _ in demand.members)
 
-        Semantics: `place` is the demand's in the line that `look_ahead` was told.
-        Raises: CapacityError with reason ADAPTER_TOO_LARGE if it could never be granted.
-        """
-        if not self.prefetch(demand, place):
-            return None
+    def pin(self, demand: Demand) -> Pins:
+        """Pin what a demand needs; all of it must be resident (see `is_ready`)."""
         members = []
         for digest, weight in demand.members:
             part = self._parts[digest]
             assert part.slot is not None
             part.num_pins += 1
-            self._order.use(digest, _nbytes(part))
+            self._order.use(digest, part.nbytes)
             members.append((part.slot, weight))
         pins = Pins(self, tuple(digest for digest, _ in demand.members), tuple(members))
         self._pins.add(pins)
         return pins
 
     def prefetch(self, demand: Demand, place: int) -> bool:
-        """Tell whether all that a demand needs is resident, and set about loading what is not placed yet.
+        """Set about loading what a demand needs and is not placed yet; False if some of it finds no room.
 
-        Raises: as `try_pin`.
+        Semantics: `place` is the demand's in the line that `look_ahead` was told. What only has to wait for the loader
+        finds room, as far as is known.
+        Raises: CapacityError with reason ADAPTER_TOO_LARGE if it could never be granted.
         """
-        if all(part in self._parts for part, _ in demand.members):
-            return all(self._parts[part].slot is not None for part, _ in demand.members)
+        if self._is_placed(demand):
+            return True
         self.check(demand)
-        if not self._set_about_all(demand, place):
-            self._unblock(demand, place)
-        return False
+        return self._set_about_all(demand, place) or (place == 0 and self._start_over(demand))
 
     def poll(self) -> dict[str, AdapterError]:
         """Bind what was loaded, and return, by adapter, why a load came to nothing."""
@@ -196,22 +196,35 @@ class Residency:
             self._observer.load_failed()
             log.warning("adapter %s was not loaded: %s: %s", adapter, error.reason, error.message)
             self._kept.pop(adapter, None)
-        self._fetch_kept()
         return failures
 
     def keep(self, adapter: str) -> None:
-        """Hold an adapter on the device from now on, whether or not anybody uses it; twice is once.
+        """Hold an adapter on the device from the next `fetch_kept` on, whether or not anybody uses it; twice is once.
 
         Raises: UnknownAdapterError; CapacityError with reason ADAPTER_TOO_LARGE if it does not fit beside the others.
         """
         demand = demand_of([(self._cache.spec(adapter), 1.0)])
         self.check(demand)
         self._kept[adapter] = demand
-        self.prefetch(demand, -1)
 
     def unkeep(self, adapter: str) -> None:
         """Let an adapter go as any other; nothing if it was not kept."""
         self._kept.pop(adapter, None)
+
+    def fetch_kept(self) -> None:
+        """Set about loading what is kept and not there yet.
+
+        Semantics: what the first of the line needs does not give way to it, and what came for others they have pinned,
+        if those of the line were let in before.
+        """
+        for adapter, demand in list(self._kept.items()):
+            try:
+                if not self._is_placed(demand):
+                    self.check(demand)
+                    self._set_about_all(demand, place=0)
+            except CapacityError as error:  # its size was not known when it was asked for
+                log.warning("adapter %s cannot be kept on the device: %s", adapter, error.message)
+                del self._kept[adapter]
 
     def is_resident(self, part: str) -> bool:
         """Tell whether a part could be pinned now."""
@@ -235,13 +248,8 @@ class Residency:
         if self.num_resident_parts != sum(part.slot is not None for part in self._parts.values()):
             raise RuntimeError(f"{self.num_resident_parts} parts are said to be resident")
 
-    def _fetch_kept(self) -> None:
-        for adapter, demand in list(self._kept.items()):
-            try:
-                self.prefetch(demand, -1)
-            except CapacityError as error:  # its size was not known when it was asked for
-                log.warning("adapter %s cannot be kept on the device: %s", adapter, error.message)
-                del self._kept[adapter]
+    def _is_placed(self, demand: Demand) -> bool:
+        return all(part in self._parts for part, _ in demand.members)
 
     def _set_about_all(self, demand: Demand, place: int) -> bool:
         absent = [part for part, _ in demand.members if part not in self._parts]
@@ -260,20 +268,34 @@ class Residency:
         extents = self._allocate(sizes, place)
         if extents is None:
             return False
-        self._parts[digest] = _PlacedPart(extents, provider)
+        self._parts[digest] = _PlacedPart(extents)
         self._loader.submit(LoadJob(provider, digest, tuple(extents), self._now()))
         return True
 
     def _allocate(self, sizes: Sequence[int], place: int) -> list[Extent] | None:
+        extents = self.arena.allocate(sizes)
+        if extents is None:
+            for victim in self._victims(sizes, place):
+                self._evict(victim)
+            extents = self.arena.allocate(sizes)
+        return extents
+
+    def _victims(self, sizes: Sequence[int], place: int) -> list[str]:
+        """Choose who leaves so that extents of these sizes fit; nobody if they would not, whoever left."""
         evictable = [digest for digest in self._evictable() if self._places.get(digest, place + 1) > place]
         room = self.arena.num_bytes - self.arena.num_used_bytes
-        if sum(sizes) > room + sum(_nbytes(self._parts[digest]) for digest in evictable):
-            return None
-        while (extents := self.arena.allocate(sizes)) is None and evictable:
-            victim = self._next_victim(evictable)
-            evictable.remove(victim)
-            self._evict(victim)
-        return extents
+        if sum(sizes) > room + sum(self._parts[digest].nbytes for digest in evictable):
+            return []
+        without_all, without_victims = self.arena.copy(), self.arena.copy()
+        without_all.free(extent for digest in evictable for extent in self._parts[digest].extents)
+        if without_all.allocate(sizes) is None:
+            return []
+        victims: list[str] = []
+        while without_victims.allocate(sizes) is None:
+            victims.append(self._next_victim(evictable))
+            evictable.remove(victims[-1])
+            without_victims.free(self._parts[victims[-1]].extents)
+        return victims
 
     def _evictable(self) -> list[str]:
         kept = {part for demand in self._kept.values() for part, _ in demand.members}
@@ -288,22 +310,25 @@ class Residency:
         idle = self._order.cheapest(digest for digest in evictable if digest not in self._places)
         return idle if idle is not None else max(evictable, key=self._places.__getitem__)
 
-    def _unblock(self, demand: Demand, place: int) -> None:
-        """Start the first of the line over in an empty arena if holes between its own parts are all that is left.
+    def _start_over(self, demand: Demand) -> bool:
+        """Empty the arena for the first of the line once nobody uses any of it; False while somebody does.
 
+        Semantics: what is left then is holes, perhaps between its own parts. Pins of no part are in nobody's way.
         Raises: CapacityError with reason ADAPTER_TOO_LARGE if what is kept leaves no room even so.
         """
-        if place != 0 or self._pins or self.num_loads:
-            return
+        if self.num_loads or any(part.num_pins for part in self._parts.values()):
+            return False
         for digest in self._evictable():
             self._evict(digest)
-        if not self._set_about_all(demand, place):
+        if not self._set_about_all(demand, place=0):
             message = "no room on the device is large enough beside the adapters that are kept there"
             raise CapacityError(message, reason="ADAPTER_TOO_LARGE", field="adapters")
+        return True
 
     def _bind(self, result: Loaded) -> AdapterError | None:
         digest = result.job.part
-        slot = next(self._slots)
+        slot = self.num_binds  # never used twice
+        self.num_binds += 1
         try:
             self._sites.bind(slot, result.units, result.arrivals)
         except ValueError as error:
@@ -312,7 +337,7 @@ class Residency:
         part = self._parts[digest]
         part.slot = slot
         self.num_resident_parts += 1
-        self._order.use(digest, _nbytes(part))
+        self._order.use(digest, part.nbytes)
         self._observer.part_loaded(result.seconds)
         return None
 
@@ -346,7 +371,3 @@ class Residency:
         self._pins.remove(pins)
         for digest in pins.parts:
             self._parts[digest].num_pins -= 1
-
-
-def _nbytes(part: _PlacedPart) -> int:
-    return sum(extent.size for extent in part.extents)

@@ -1,8 +1,8 @@
 """The safetensors format: header length, JSON header, tensors back to back.
 
 The header is checked here to the last byte before any tensor is made, more strictly than the format's own library does:
-no key twice, no zero-size tensor, no dtype that an adapter has no use for, no value that is not finite. Bytes come in,
-tensors go out; files and meanings are others' business. Any thread.
+no key twice, no zero-size tensor, no dtype that an adapter has no use for, no value that is not finite or that a device
+could not hold. Bytes come in, tensors go out; files and meanings are others' business. Any thread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 16384
 MAX_NAME_CHARACTERS = 512
 MAX_DIMENSIONS = 8
+LARGEST_WEIGHT: float = torch.finfo(torch.float16).max  # of the dtypes that a device may hold, the narrowest
 
 FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
     {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,7 +51,8 @@ def parse_tensors(
     """Turn the bytes of a safetensors file into tensors that own their memory.
 
     Semantics: `file` is its name in errors; `dtypes` are those that it may hold.
-    Raises: AdapterFormatError as `parse_header` does, or with reason NON_FINITE and the tensor's name as the field.
+    Raises: AdapterFormatError as `parse_header` does, or with reason NON_FINITE or WEIGHT_TOO_LARGE and the tensor's
+    name as the field.
     """
     entries, data_begin = parse_header(content, file=file, dtypes=dtypes)
     view = memoryview(content)[data_begin:]
@@ -58,9 +60,8 @@ def parse_tensors(
     for entry in entries:
         # A copy of its own: aligned whatever the header's length, and the file's bytes need not outlive this call.
         tensor = torch.frombuffer(bytearray(view[entry.begin : entry.end]), dtype=entry.dtype).reshape(entry.shape)
-        if not bool(torch.isfinite(tensor).all()):
-            message = f"{entry.name} holds NaN or infinity"
-            raise AdapterFormatError(message, reason="NON_FINITE", field=entry.name)
+        if tensor.is_floating_point():
+            _check_values(entry.name, tensor)
         tensors[entry.name] = tensor
     return tensors
 
@@ -88,6 +89,16 @@ def parse_header(
     )
     _check_coverage(entries, len(content) - 8 - length, file)
     return tuple(entries), 8 + length
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    """Refuse values that are not finite now, or would not be once the device holds them in its own dtype."""
+    low, high = (float(bound) for bound in tensor.aminmax())  # NaN if there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise AdapterFormatError(f"{name} holds NaN or infinity", reason="NON_FINITE", field=name)
+    if (largest := max(-low, high)) > LARGEST_WEIGHT:
+        message = f"{name} holds {largest:g}, and no weight may be beyond {LARGEST_WEIGHT:g}"
+        raise AdapterFormatError(message, reason="WEIGHT_TOO_LARGE", field=name)
 
 
 def _header_length(content: bytes | bytearray, file: str) -> int:

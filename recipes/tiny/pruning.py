@@ -1,46 +1,36 @@
-"""A physically smaller copy of the base, and the way back (LoRAM): which heads and channels stay, and who they were.
+"""A physically smaller copy of the base, and the way back (LoRAM): which heads and channels stay, drawn at random.
 
-Owns random structured pruning and the scatter of a small LoRA's factors to the base's shapes. Knows nothing of files
-and text.
+Owns the draw, the smaller model, and whose factors are scattered. What is counted and kept is the bases' pruned
+geometry, and the scatter is the kind's own. Knows nothing of files and text.
 """
 
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 from typing import NamedTuple
 
 import torch
+from motley_adapters.kinds.loram_recovery import recover as recover_pair
+from motley_adapters.peft_files import LoraPair
+from motley_bases.pruned_geometry import DecoderShape, KeptChannels, PruneRule, kept_channels
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # lose outputs
-COLUMNS = ("o_proj", "down_proj")  # lose inputs
+WHOLE = KeptChannels()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What stays in each pruned layer: key/value heads with the query heads that read them, and FFN channels.
+    """What each Linear of each pruned layer keeps, by layer and by the Linear's name."""
 
-    Semantics: both ascending and in the base's own numbering; a layer that is not named stays whole.
-    """
+    layers: Mapping[int, Mapping[str, KeptChannels]]
 
-    group_size: int
-    head_dim: int
-    kept_kv_heads: Mapping[int, list[int]]
-    kept_ffn: Mapping[int, list[int]]
-
-    def kept(self, path: str) -> Tensor | None:
-        """List the kept outputs, or for o_proj and down_proj inputs, of one Linear; None where it stays whole."""
-        parts = path.split(".")
-        layer, name = int(parts[parts.index("layers") + 1]), parts[-1]
-        if layer not in self.kept_kv_heads:
-            return None
-        if name in ("gate_proj", "up_proj", "down_proj"):
-            return torch.tensor(self.kept_ffn[layer])
-        width = self.head_dim * (1 if name in ("k_proj", "v_proj") else self.group_size)
-        return torch.tensor([kv * width + place for kv in self.kept_kv_heads[layer] for place in range(width)])
+    def kept(self, path: str) -> KeptChannels:
+        """Tell what one module of the model keeps: all of it, unless it is a Linear of a pruned layer."""
+        *parents, name = path.split(".")
+        layer = int(parents[parents.index("layers") + 1]) if len(parents) > 2 and "layers" in parents else None
+        return WHOLE if layer is None else self.layers.get(layer, {}).get(name, WHOLE)
 
 
 class Shares(NamedTuple):
@@ -53,17 +43,17 @@ class Shares(NamedTuple):
 
 
 def draw_plan(base: PreTrainedModel, shares: Shares, seed: int) -> Plan:
-    """Draw what stays: all but floor(heads) of the head groups and ceil(ffn) of the FFN channels of each layer."""
-    config = base.config
+    """Draw what stays: in the layers that are pruned, so many head groups and FFN channels as the rules leave."""
+    shape = _shape(base)
     rng = random.Random(f"prune {seed}")
-    layers = range(shares.whole_first, config.num_hidden_layers - shares.whole_last)
-    kv_heads = config.num_key_value_heads - int(config.num_key_value_heads * shares.heads)
-    ffn = config.intermediate_size - ceil(config.intermediate_size * shares.ffn)
+    heads, ffn = (PruneRule(share, shares.whole_first, shares.whole_last) for share in (shares.heads, shares.ffn))
+    num_kv_heads = heads.kept_kv_heads(shape.num_heads, shape.num_kv_heads)
+    ffn_size = ffn.kept_ffn_size(shape.ffn_size)
+    layers = heads.pruned_layers(shape.num_layers)
+    kv_heads = {layer: sorted(rng.sample(range(shape.num_kv_heads), num_kv_heads)) for layer in layers}
+    channels = {layer: sorted(rng.sample(range(shape.ffn_size), ffn_size)) for layer in layers}
     return Plan(
-        config.num_attention_heads // config.num_key_value_heads,
-        config.head_dim,
-        {layer: sorted(rng.sample(range(config.num_key_value_heads), kv_heads)) for layer in layers},
-        {layer: sorted(rng.sample(range(config.intermediate_size), ffn)) for layer in layers},
+        {layer: kept_channels(shape, kv_heads=kv_heads[layer], ffn_channels=channels[layer]) for layer in layers}
     )
 
 
@@ -71,29 +61,43 @@ def draw_plan(base: PreTrainedModel, shares: Shares, seed: int) -> Plan:
 def prune(base: PreTrainedModel, plan: Plan) -> None:
     """Replace each pruned Linear by a smaller, frozen one that holds what stays."""
     for path, module in list(base.named_modules()):
-        parent, _, name = path.rpartition(".")
-        if name not in ROWS + COLUMNS or (kept := plan.kept(path)) is None:
+        kept = plan.kept(path)
+        if kept == WHOLE:
             continue
-        weight = module.weight[kept] if name in ROWS else module.weight[:, kept]
+        weight = module.weight if kept.outputs is None else module.weight[list(kept.outputs)]
+        weight = weight if kept.inputs is None else weight[:, list(kept.inputs)]
         smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
         smaller.weight.copy_(weight)
+        parent, _, name = path.rpartition(".")
         setattr(base.get_submodule(parent), name, smaller)
 
 
 def recover(plan: Plan, base: PreTrainedModel, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scatter the factors of a LoRA on the pruned copy to the shapes of the base; what was pruned gets zeros.
 
-    Semantics: `factors` by PEFT's keys; rows of lora_B for Linears that lost outputs, columns of lora_A for the others.
+    Semantics: `factors` by PEFT's keys.
     """
     recovered = {}
-    for key, factor in factors.items():
-        path, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        loses = "lora_B" if path.endswith(ROWS) else "lora_A"
-        if side != loses or (kept := plan.kept(path)) is None:
-            recovered[key] = factor.contiguous()
+    for key, a in factors.items():
+        if not key.endswith(".lora_A.weight"):
             continue
+        path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        key_of_b = key.replace(".lora_A.", ".lora_B.")
         linear = base.get_submodule(path)
-        dim, size = (0, linear.out_features) if side == "lora_B" else (1, linear.in_features)
-        shape = [size, factor.shape[1]] if dim == 0 else [factor.shape[0], size]
-        recovered[key] = factor.new_zeros(shape).index_copy(dim, kept, factor)
+        pair = LoraPair(a, factors[key_of_b])
+        pair = recover_pair(pair, plan.kept(path), linear.in_features, linear.out_features)
+        recovered |= {key: pair.a.contiguous(), key_of_b: pair.b.contiguous()}
     return recovered
+
+
+def _shape(base: PreTrainedModel) -> DecoderShape:
+    config = base.config
+    return DecoderShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+    )

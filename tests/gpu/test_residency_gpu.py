@@ -51,9 +51,11 @@ def test_whatever_comes_and_goes_each_adapter_is_used_with_its_own_numbers(dtype
     for turn in range(4 * NUM_ADAPTERS):
         adapter = adapters[turn * 5 % NUM_ADAPTERS]
         demand = demand_of([(adapter.spec, 1.0)])
-        while (pins := residency.try_pin(demand, 0)) is None:
+        while not residency.is_ready(demand):
+            residency.prefetch(demand, 0)
             assert woken.acquire(timeout=20)
             assert residency.poll() == {}
+        pins = residency.pin(demand)
         ((slot, _),) = pins.members
         for path, table in tables.items():
             table.await_arrival(slot)

@@ -197,6 +197,25 @@ def test_a_request_for_a_whole_arena_gets_its_turn_while_others_keep_coming(
     assert harness.core.scheduler.waiting, "nobody was there to starve it"
 
 
+def test_what_came_for_those_in_the_line_is_pinned_before_what_shall_be_kept_is_fetched(
+    checkpoint: Path, maker: MarkerMaker, tmp_path: Path
+) -> None:
+    adapters = {f"m{i}": maker.make(tmp_path / f"m{i}", i, "s2ft", seed=i) for i in range(3)}
+    harness = make_cramped(checkpoint, maker, adapters, 2)
+    core = harness.core
+    for name in ("m0", "m1"):
+        request = harness.request(name, [20], name, stop_token_ids=(), max_new_tokens=2)
+        assert core.add(request, time.monotonic()) is None
+    core.step()
+    deadline = time.monotonic() + 10
+    while core.residency._loader._results.qsize() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    core.residency.keep(harness.adapters["m2"].spec.digest)
+    core.step()
+    assert len(core.scheduler.running) == 2
+
+
 def test_what_cannot_fit_is_refused_when_it_comes_and_nobody_else_notices(
     checkpoint: Path, maker: MarkerMaker, tmp_path: Path
 ) -> None:

@@ -153,6 +153,21 @@ CASES: dict[str, tuple[Callable[[Path], None], type[AdapterError], str, str]] = 
     ),
     "a router with NaN": (tensor(f"{Q}.goat_router", NAN), FORMAT, "NON_FINITE", f"{Q}.goat_router"),
     "A with infinity": (tensor(f"{Q}.goat_A", torch.full((4, 4), torch.inf)), FORMAT, "NON_FINITE", f"{Q}.goat_A"),
+    "A that overflows": (tensor(f"{Q}.goat_A", torch.full((4, 4), 3e38)), FORMAT, "WEIGHT_TOO_LARGE", f"{Q}.goat_A"),
+    "a router that overflows": (
+        tensor(f"{Q}.goat_router", torch.full((2, 4), -3e38)),
+        FORMAT, "WEIGHT_TOO_LARGE", f"{Q}.goat_router",
+    ),
+    "a scale that makes a factor overflow": (scale("1e30"), FORMAT, "WEIGHT_TOO_LARGE", f"{Q}.goat_B"),
+    "a scale that is not what eta makes it": (
+        manifest(eta=1.5, rank_for_scale="expert", scales={Q: 3.0, UP: 3.004}),
+        FORMAT, "INVALID_FIELD", f"{GOAT}.scales.{UP}",
+    ),
+    "a scale by the other rank": (
+        manifest(eta=1.5, rank_for_scale="total"),
+        FORMAT, "INVALID_FIELD", f"{GOAT}.scales.{UP}",
+    ),
+    "an eta of zero": (manifest(eta=0, rank_for_scale="expert"), FORMAT, "INVALID_FIELD", f"{GOAT}.scales.{UP}"),
     "A for other inputs": (tensor(f"{Q}.goat_A", torch.ones(4, 5)), MISMATCH, "SHAPE_MISMATCH", f"{Q}.goat_A"),
     "B of another rank": (tensor(f"{Q}.goat_B", torch.ones(6, 8)), FORMAT, "RANK_MISMATCH", f"{Q}.goat_B"),
     "B for other outputs": (tensor(f"{Q}.goat_B", torch.ones(5, 4)), MISMATCH, "SHAPE_MISMATCH", f"{Q}.goat_B"),
@@ -205,6 +220,21 @@ def test_the_files_are_sound_before_they_are_changed(tmp_path: Path) -> None:
     adapter = read_adapter(write(tmp_path), tiny_spec())
     assert adapter.spec.scalings == {Q: 3.0, UP: 3.0}
     assert [part.digest for part in adapter.parts] == [adapter.spec.digest, *adapter.spec.shared]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"eta": 1.5, "rank_for_scale": "expert"},
+        {"eta": 3.0, "rank_for_scale": "total"},
+        {"eta": 1.5, "rank_for_scale": "expert", "scales": {Q: 3.0, UP: 3.002}},  # written with few digits
+        {"eta": 99.0},  # of which rank is not said
+        {"rank_for_scale": "total"},
+    ],
+)
+def test_scales_that_are_what_eta_makes_them_are_read(declared: dict[str, Any], tmp_path: Path) -> None:
+    manifest(**declared)(write(tmp_path))
+    assert read_adapter(tmp_path, tiny_spec()).spec.scalings == declared.get("scales", {Q: 3.0, UP: 3.0})
 
 
 @pytest.mark.parametrize("name", ["trained_on", "serves_on"])

@@ -183,6 +183,23 @@ CASES: dict[str, Case] = {
         NO_PATH,
     ),
     "NaN": ({Q_B: zeros(6, 2) * torch.nan}, {}, FORMAT, "NON_FINITE", Q_B),
+    "what bfloat16 makes infinity of": ({Q_B: zeros(6, 2) - 3.4e38}, {}, FORMAT, "WEIGHT_TOO_LARGE", Q_B),
+    "what float16 makes infinity of": ({Q_A: zeros(2, 4) + 65520}, {}, FORMAT, "WEIGHT_TOO_LARGE", Q_A),
+    "the same in bfloat16": ({Q_A: (zeros(2, 4) + 65536).bfloat16()}, {}, FORMAT, "WEIGHT_TOO_LARGE", Q_A),
+    "large factors of one rank": (
+        {Q_A: zeros(2, 4) + 200, Q_B: zeros(6, 2) - 200},
+        {},
+        FORMAT,
+        "WEIGHT_TOO_LARGE",
+        Q_B,
+    ),
+    "a scale that makes one factor overflow": (
+        {Q_A: zeros(2, 4) + 1, Q_B: zeros(6, 2) + 1e-30},
+        {"alpha_pattern": {"q_proj": 1e30}},
+        FORMAT,
+        "WEIGHT_TOO_LARGE",
+        Q_B,
+    ),
     "integers": ({Q_B: zeros(6, 2).long()}, {}, FORMAT, "BAD_DTYPE", Q_B),
     "an expression that is broken": (
         {},
@@ -209,6 +226,15 @@ def test_disagreement_is_refused_with_class_reason_and_field(case: str, tmp_path
 def test_the_plain_adapter_that_all_cases_break_is_sound(tmp_path: Path) -> None:
     adapter = read_adapter(write(tmp_path), tiny_spec())
     assert adapter.spec.ranks == {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 2}
+
+
+def test_the_largest_weights_that_are_held_are_read(tmp_path: Path) -> None:
+    largest = plain_tensors() | {Q_A: zeros(2, 4) + 32752, Q_B: zeros(6, 2) + 1}  # twice 32752 is just held
+    assert read_adapter(write(tmp_path / "a", tensors=largest), tiny_spec()).spec.kind == "lora"
+    apart = torch.tensor([[65504.0], [0.0]]).expand(2, 4).contiguous()  # large factors that never meet along a rank
+    never_met = plain_tensors() | {Q_A: apart, Q_B: torch.tensor([[0.0, 65504.0]]).expand(6, 2).contiguous()}
+    config = PLAIN_CONFIG | {"lora_alpha": 2}
+    assert read_adapter(write(tmp_path / "b", config, never_met), tiny_spec()).spec.kind == "lora"
 
 
 def test_a_wrong_shape_is_told_with_both_shapes(tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ CASES: dict[str, tuple[Callable[[Files], None], type[AdapterError], str, str]] =
     ),
     "NaN": (tensor(f"{Q}.s2_weight", with_nan(torch.nan)), FORMAT, "NON_FINITE", f"{Q}.s2_weight"),
     "infinity": (tensor(f"{Q}.s2_weight", with_nan(torch.inf)), FORMAT, "NON_FINITE", f"{Q}.s2_weight"),
+    "a weight that overflows": (
+        tensor(f"{Q}.s2_weight", with_nan(3e38)),
+        FORMAT,
+        "WEIGHT_TOO_LARGE",
+        f"{Q}.s2_weight",
+    ),
     "no channels file": (tensor(f"{Q}.s2_idx", None), FORMAT, "MISSING_TENSOR", f"{Q}.s2_idx"),
     "no block": (tensor(f"{UP}.s2_weight", None), FORMAT, "MISSING_TENSOR", f"{UP}.s2_weight"),
     "a tensor of no kind": (tensor("x", torch.ones(1)), FORMAT, "UNEXPECTED_TENSOR", "x"),

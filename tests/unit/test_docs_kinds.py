@@ -36,7 +36,7 @@ def test_the_object_of_a_kind_has_the_fields_that_are_written(kind: str, tmp_pat
     (block,) = re.findall(r"^```text\n(.*?)^```$", SECTIONS[kind], re.DOTALL | re.MULTILINE)
     documented: dict[str, Any] = json.loads(f"{{{block}}}")
     manifest = json.loads((written(kind, tmp_path) / "motley_manifest.json").read_text())
-    assert documented[kind].keys() == manifest[kind].keys() - {"eta"}
+    assert documented[kind].keys() == manifest[kind].keys() - {"eta", "rank_for_scale"}
     assert manifest.keys() == {*_FIELDS, kind}
 
 

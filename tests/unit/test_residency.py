@@ -24,10 +24,10 @@ from residency_house import LETTERS, LM_HEAD_BYTES, NUM_EXTENTS, PATHS, House, l
 def test_a_part_is_loaded_bound_and_pinned_without_anybody_waiting() -> None:
     house = House(*letters(1))
     demand = house.demand("a")
-    assert house.residency.try_pin(demand, 0) is None
+    assert house.ask(demand, 0) is None
     assert house.residency.num_loads == 1
     assert house.settle() == {}
-    pins = house.residency.try_pin(demand, 0)
+    pins = house.ask(demand, 0)
     assert pins is not None
     assert pins.members == ((0, 1.0),)
     house.check(0)
@@ -66,7 +66,7 @@ def test_pinned_parts_stay_and_a_demand_without_room_waits_for_them() -> None:
     house = House(*letters(4))
     held = [house.pin(digest) for digest in "abc"]
     house.residency.look_ahead([house.demand("d")])
-    assert house.residency.try_pin(house.demand("d"), 0) is None
+    assert house.ask(house.demand("d"), 0) is None
     assert (house.residency.num_loads, house.resident()) == (0, "abc")
     release(held[1])
     house.pin("d")
@@ -88,11 +88,11 @@ def test_what_is_waited_for_longest_ahead_leaves_next_and_nothing_that_an_earlie
     for digest in "abc":
         release(house.pin(digest))
     house.residency.look_ahead([house.demand(digest) for digest in "bdca"])
-    assert house.residency.try_pin(house.demand("d"), 1) is None
+    assert house.ask(house.demand("d"), 1) is None
     house.settle()
     assert house.resident() == "bcd"
     house.residency.look_ahead([house.demand(digest) for digest in "bcde"])
-    assert house.residency.try_pin(house.demand("e"), 3) is None
+    assert house.ask(house.demand("e"), 3) is None
     assert (house.residency.num_loads, house.resident()) == (0, "bcd")
 
 
@@ -100,11 +100,29 @@ def test_nothing_is_evicted_for_a_demand_that_would_not_fit_even_then() -> None:
     house = House(*letters(2), make_adapter("c", rank=10))
     held = house.pin("a")
     release(house.pin("b"))
-    assert house.residency.try_pin(house.demand("c"), 0) is None
+    assert house.ask(house.demand("c"), 0) is None
     assert house.resident() == "ab"
     release(held)
     house.pin("c")
     assert house.resident() == "c"
+
+
+def test_nothing_is_evicted_for_a_demand_that_would_find_no_hole_even_then() -> None:
+    house = make_row_of_three()
+    release(*[house.pin(digest) for digest in "ac"])
+    held = house.pin("b")
+    assert not house.residency.prefetch(house.demand("w"), 0)
+    assert (house.watcher.num_evictions, house.resident()) == (0, "abc")
+    release(held)
+    house.pin("w")
+
+
+def make_row_of_three() -> House:
+    """Make a house where a, b and c lie side by side and fill the arena; w takes the room of two neighbours."""
+    small = [make_adapter(digest, paths=("lm_head",)) for digest in "abc"]
+    house = House(*small, make_adapter("w", rank=8, paths=("lm_head",)), num_bytes=3 * LM_HEAD_BYTES)
+    release(*[house.pin(digest) for digest in "abc"])
+    return house
 
 
 def test_a_set_is_pinned_when_all_of_it_is_there_and_a_shared_part_once() -> None:
@@ -124,9 +142,9 @@ def test_a_set_is_pinned_when_all_of_it_is_there_and_a_shared_part_once() -> Non
 def test_a_part_whose_weight_is_zero_is_neither_loaded_nor_pinned() -> None:
     house = House(make_adapter("a", shared="p"), make_adapter("b", shared="p"), room=4)
     demand = demand_of([(house.cache.spec("a"), 1.5), (house.cache.spec("b"), -1.5)])
-    house.residency.try_pin(demand, 0)
+    house.ask(demand, 0)
     house.settle()
-    pins = house.residency.try_pin(demand, 0)
+    pins = house.ask(demand, 0)
     assert pins is not None
     assert (len(pins.members), house.resident()) == (2, "ab")
 
@@ -143,18 +161,25 @@ def test_a_demand_larger_than_the_arena_is_refused_by_the_bytes() -> None:
 def test_one_whose_size_is_unknown_is_measured_first_and_refused_then() -> None:
     house = House(*letters(1), make_adapter("e", rank=40), host_bytes=0)
     demand = house.demand("e")
-    assert house.residency.try_pin(demand, 0) is None
+    assert house.ask(demand, 0) is None
     assert house.settle() == {}
     with pytest.raises(CapacityError):
-        house.residency.try_pin(demand, 0)
+        house.ask(demand, 0)
     house.pin("a")
+
+
+def measure(house: House, digest: str) -> None:
+    """Let the size of an adapter that is not in memory become known, which reads nothing."""
+    assert house.ask(house.demand(digest), 0) is None
+    assert house.settle() == {}
 
 
 def test_a_failed_load_is_told_once_takes_nothing_and_may_be_tried_again() -> None:
     house = House(*letters(2), host_bytes=0)
     lost = house.source.adapters.pop("a")
+    measure(house, "a")
     for _ in range(2):
-        assert house.residency.try_pin(house.demand("a"), 0) is None
+        assert house.ask(house.demand("a"), 0) is None
         failures = house.settle()
         assert [(digest, error.reason) for digest, error in failures.items()] == [("a", "ADAPTER_UNREADABLE")]
         assert house.residency.poll() == {}
@@ -173,7 +198,7 @@ def test_a_load_that_fails_after_its_place_was_taken_gives_the_place_back() -> N
     release(large.pin("a"))
     release(large.pin("b"))
     del large.source.adapters["a"]
-    assert large.residency.try_pin(large.demand("a"), 0) is None
+    assert large.ask(large.demand("a"), 0) is None
     assert large.residency.arena.num_used_bytes == large.part_bytes
     assert set(large.settle()) == {"a"}
     assert large.residency.arena.num_used_bytes == 0
@@ -182,7 +207,8 @@ def test_a_load_that_fails_after_its_place_was_taken_gives_the_place_back() -> N
 def test_an_adapter_that_changed_since_is_an_error_of_its_own() -> None:
     house = House(*letters(2), host_bytes=0)
     house.source.adapters["a"] = make_adapter("b")
-    house.residency.try_pin(house.demand("a"), 0)
+    measure(house, "a")
+    house.ask(house.demand("a"), 0)
     assert house.settle()["a"].reason == "ADAPTER_CHANGED"
 
 
@@ -190,7 +216,7 @@ def test_units_that_no_site_takes_fail_their_load_and_nothing_else() -> None:
     misfit = make_adapter("a")
     misfit = replace(misfit, units={"misfit": misfit.units["lm_head"]})
     house = House(misfit, make_adapter("b"))
-    house.residency.try_pin(house.demand("a"), 0)
+    house.ask(house.demand("a"), 0)
     assert house.settle()["a"].reason == "ADAPTER_UNREADABLE"
     assert house.residency.arena.num_used_bytes == 0
     house.sites.num_binds = 1  # the slot of the misfit is gone
@@ -202,7 +228,7 @@ def test_the_owner_never_waits_for_a_slow_source_and_no_more_than_so_many_loads_
     house.source.open.clear()
     began = time.monotonic()
     for place, digest in enumerate(LETTERS[:16]):
-        assert house.residency.try_pin(house.demand(digest), place) is None
+        assert house.ask(house.demand(digest), place) is None
     assert house.residency.poll() == {}
     assert time.monotonic() - began < 5
     assert house.residency.num_loads == MAX_LOADS
@@ -224,6 +250,7 @@ def threads_of_a_new_thread() -> int:
 def test_what_is_kept_stays_until_it_is_let_go() -> None:
     house = House(*letters(4))
     house.residency.keep("a")
+    house.residency.fetch_kept()
     house.settle()
     for digest in "bcdbcd":
         release(house.pin(digest))
@@ -243,36 +270,50 @@ def test_what_shall_be_kept_takes_the_place_of_what_is_waited_for_and_comes_back
         release(house.pin(digest))
     house.residency.look_ahead([house.demand(digest) for digest in "abc"])
     house.residency.keep("d")
+    house.residency.fetch_kept()
     house.settle()
-    house.residency.poll()
+    house.residency.fetch_kept()
     house.settle()
     assert house.resident() == "abd"
     house.residency.unkeep("d")
     del house.source.adapters["c"]
     house.residency.keep("c")
+    house.residency.fetch_kept()
     assert set(house.settle()) == {"c"}
-    house.residency.poll()
+    house.residency.fetch_kept()
     assert house.residency.num_loads == 0
 
 
+def test_what_shall_be_kept_does_not_take_the_place_of_what_came_for_the_first_of_the_line() -> None:
+    house = House(*letters(4))
+    held = house.pin("c")
+    release(house.pin("a"), house.pin("b"))
+    house.residency.look_ahead([house.demand("a", "b")])
+    house.residency.keep("d")
+    house.residency.fetch_kept()
+    assert (house.residency.num_loads, house.resident()) == (0, "abc")
+    release(held)
+    house.residency.fetch_kept()
+    house.settle()
+    assert house.resident() == "abd"
+
+
 def test_the_first_of_the_line_gets_on_where_only_holes_around_its_own_part_are_left() -> None:
-    small = [make_adapter(digest, paths=("lm_head",)) for digest in "abc"]
-    house = House(*small, make_adapter("w", rank=8, paths=("lm_head",)), num_bytes=3 * LM_HEAD_BYTES)
-    release(*[house.pin(digest) for digest in "abc"])
+    house = make_row_of_three()
     for digest in "ac":
         house.residency._evict(digest)
     house.residency.look_ahead([house.demand("b", "w")])
+    held = house.pin()  # of no part: in nobody's way
     house.pin("b", "w")
+    release(held)
     assert house.watcher.num_evictions == 3
 
 
 def test_what_is_kept_in_the_middle_leaves_no_room_and_the_first_of_the_line_is_told() -> None:
-    small = [make_adapter(digest, paths=("lm_head",)) for digest in "abc"]
-    house = House(*small, make_adapter("w", rank=8, paths=("lm_head",)), num_bytes=3 * LM_HEAD_BYTES)
-    release(*[house.pin(digest) for digest in "abc"])
+    house = make_row_of_three()
     house.residency.keep("b")
     with pytest.raises(CapacityError, match="beside the adapters that are kept"):
-        house.residency.try_pin(house.demand("w"), 0)
+        house.ask(house.demand("w"), 0)
 
 
 def test_bytes_that_are_given_up_are_poisoned() -> None:
@@ -296,7 +337,7 @@ def test_channels_and_routers_arrive_as_they_are() -> None:
     }
     spec = AdapterSpec("z", "mixed", {}, {}, "undeclared", sum(unit.nbytes for unit in units.values()))
     house = House(Adapter(spec, units), room=6)
-    house.residency.try_pin(house.demand("z"), 0)
+    house.ask(house.demand("z"), 0)
     house.settle()
     bound = house.sites.bound[0]
     assert set(bound) == set(units)

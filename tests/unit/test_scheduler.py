@@ -1,113 +1,13 @@
-"""The scheduler, without a model: a fake pass computes what was scheduled and appends a token to whoever caught up."""
+"""The scheduler: who takes part in a pass, with how many tokens, and who waits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
-from counting_observer import CountingObserver
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motley_server.engine.block_pool import BlockPool
-from motley_server.engine.scheduler import MAX_OVERTAKEN, Scheduled, Scheduler
-from motley_server.engine.sequence import Sequence
-from motley_server.engine.types import GenerateRequest, SamplingParams, ServedAdapter
-
-BLOCK_SIZE = 4
-
-
-@dataclass
-class FakePin:
-    """One sequence's hold on its adapters."""
-
-    book: FakeAdapters
-    digests: frozenset[str]
-    members: tuple[tuple[int, float], ...] = ()
-
-    def release(self) -> None:
-        self.book.pinned.remove(self)
-
-
-@dataclass
-class FakeAdapters:
-    """Room for so many adapters at once; what is asked for arrives, if there is room then, before the next pass."""
-
-    room: int = 10**6
-    absent: set[str] = field(default_factory=set)  # never arrive
-    pinned: list[FakePin] = field(default_factory=list)
-    resident: set[str] = field(default_factory=set)
-    looks: list[list[str]] = field(default_factory=list)
-    line: list[frozenset[str]] = field(default_factory=list)
-
-    def look_ahead(self, waiting: list[GenerateRequest]) -> None:
-        self.looks.append([request.request_id for request in waiting])
-        self.line = [digests_of(request) for request in waiting]
-
-    def try_pin(self, request: GenerateRequest, place: int) -> FakePin | None:
-        if not self.prefetch(request, place):
-            return None
-        self.pinned.append(FakePin(self, digests_of(request)))
-        return self.pinned[-1]
-
-    def prefetch(self, request: GenerateRequest, place: int) -> bool:
-        wanted = digests_of(request)
-        if wanted <= self.resident:
-            return True
-        stays = wanted.union(*(pin.digests for pin in self.pinned), *self.line[:place]) & (self.resident | wanted)
-        if not wanted & self.absent and len(stays) <= self.room:
-            idle = sorted(self.resident - stays)
-            self.resident = stays | set(idle[: self.room - len(stays)])
-        return False
-
-
-def digests_of(request: GenerateRequest) -> frozenset[str]:
-    return frozenset(adapter.digest for adapter in request.adapters)
-
-
-def make_scheduler(
-    *,
-    num_blocks: int = 64,
-    max_running: int = 8,
-    token_budget: int = 16,
-    prefix_cache: bool = True,
-    adapters: FakeAdapters | None = None,
-) -> tuple[Scheduler, CountingObserver]:
-    observer = CountingObserver()
-    pool = BlockPool(num_blocks, BLOCK_SIZE)
-    scheduler = Scheduler(
-        pool,
-        adapters or FakeAdapters(),
-        observer,
-        max_running=max_running,
-        token_budget=token_budget,
-        prefix_cache=prefix_cache,
-    )
-    return scheduler, observer
-
-
-def make_sequence(name: str, prompt: list[int], seed: bytes = b"base", adapters: str = "") -> Sequence:
-    """Make a sequence under adapters that have a letter each."""
-    served = tuple(ServedAdapter(letter, 1, letter, 1.0, "undeclared", "lora") for letter in adapters)
-    request = GenerateRequest(name, "local", tuple(prompt), SamplingParams(max_new_tokens=8), served)
-    return Sequence(request, 0, seed + adapters.encode())
-
-
-def run_pass(scheduler: Scheduler, *, num_new: int = 8) -> list[Scheduled]:
-    """Compute one pass; a sequence with `num_new` answered tokens is done."""
-    batch = scheduler.schedule()
-    scheduler.complete(batch)
-    for entry in batch:
-        sequence = entry.sequence
-        if sequence.num_uncomputed_tokens == 0:
-            sequence.token_ids.append(sequence.num_tokens)
-            if sequence.num_output_tokens == num_new:
-                scheduler.remove(sequence)
-    scheduler.check_integrity()
-    return batch
-
-
-def shape(batch: list[Scheduled]) -> dict[str, int]:
-    return {entry.sequence.request.request_id: entry.num_tokens for entry in batch}
+from motley_server.engine.scheduler import MAX_OVERTAKEN, Scheduled
+from motley_server.engine.waiting_line import WINDOW
+from scheduler_house import FakeAdapters, make_scheduler, make_sequence, run_pass, shape
 
 
 def test_a_prompt_beyond_the_budget_is_computed_in_chunks() -> None:
@@ -226,20 +126,69 @@ def test_one_whose_adapter_is_not_there_is_passed_and_begins_when_it_is() -> Non
     assert scheduler.num_waiting_for_adapters == 0
 
 
-def test_one_that_was_overtaken_too_often_lets_only_its_own_adapters_and_none_pass() -> None:
-    adapters = FakeAdapters(absent={"x"}, resident={"a", "b", "y"})
+def test_behind_one_that_found_no_room_too_often_only_those_without_adapters_come_in() -> None:
+    adapters = FakeAdapters(room=2, resident={"a", "y"})
     scheduler, _ = make_scheduler(adapters=adapters, max_running=99, num_blocks=99, token_budget=99)
-    scheduler.add(make_sequence("x", [1], adapters="xy"))
+    scheduler.add(make_sequence("a", [1], adapters="a"))
+    scheduler.schedule()
+    late = make_sequence("x", [1], adapters="xy")
+    scheduler.add(late)
+    for name, own in [("-", "")] * MAX_OVERTAKEN + [("a", "a")] * (MAX_OVERTAKEN + 3):
+        scheduler.add(make_sequence(name, [1], adapters=own))
+    assert admitted(scheduler.schedule()) == "a" + "-" * MAX_OVERTAKEN + "a" * MAX_OVERTAKEN
+    assert late.num_overtaken == MAX_OVERTAKEN
+    for name, own in (("y", "y"), ("-", "")):
+        scheduler.add(make_sequence(name, [1], adapters=own))
+    assert admitted(scheduler.schedule())[2 * MAX_OVERTAKEN + 1 :] == "-"
+    assert [sequence.request.request_id for sequence in scheduler.waiting] == ["x", "a", "a", "a", "y"]
+    for sequence in list(scheduler.running):
+        scheduler.remove(sequence)
+    scheduler.schedule()
+    assert admitted(scheduler.schedule()) == "yx"
+
+
+def test_one_whose_adapter_is_on_its_way_is_in_nobodys_way() -> None:
+    adapters = FakeAdapters(absent={"x"}, resident={"a"})
+    scheduler, _ = make_scheduler(adapters=adapters, max_running=99, num_blocks=99, token_budget=99)
+    slow = make_sequence("x", [1], adapters="x")
+    scheduler.add(slow)
     for _ in range(MAX_OVERTAKEN + 3):
         scheduler.add(make_sequence("a", [1], adapters="a"))
-    assert len(scheduler.schedule()) == MAX_OVERTAKEN
-    for name, own in (("b", "b"), ("y", "y"), ("-", "")):
-        scheduler.add(make_sequence(name, [1], adapters=own))
-    assert admitted(scheduler.schedule())[MAX_OVERTAKEN:] == "y-"
-    assert [sequence.request.request_id for sequence in scheduler.waiting] == ["x", "a", "a", "a", "b"]
+    assert len(scheduler.schedule()) == MAX_OVERTAKEN + 3
+    assert slow.num_overtaken == 0
+
+
+def test_those_held_back_are_counted_among_those_who_wait_for_adapters() -> None:
+    adapters = FakeAdapters(room=1, resident={"a"})
+    scheduler, _ = make_scheduler(adapters=adapters)
+    scheduler.add(make_sequence("a", [1], adapters="a"))
+    scheduler.schedule()
+    late = make_sequence("late", [1], adapters="x")
+    late.num_overtaken = MAX_OVERTAKEN
+    for sequence in (late, make_sequence("held", [1], adapters="a"), make_sequence("cold", [1], adapters="b")):
+        scheduler.add(sequence)
+    scheduler.add(make_sequence("-", [1]))
+    scheduler.schedule()
+    assert scheduler.num_waiting_for_adapters == 3
+
+
+def test_those_who_need_no_load_are_found_behind_any_number_who_do_and_looked_for_only_if_something_changed() -> None:
+    adapters = FakeAdapters(absent={"x"}, resident={"a"})
+    scheduler, _ = make_scheduler(adapters=adapters)
+    for index in range(5 * WINDOW):
+        scheduler.add(make_sequence(f"x{index}", [1], adapters="x"))
+    scheduler.add(make_sequence("a", [1], adapters="a"))
+    scheduler.add(make_sequence("-", [1]))
+    assert admitted(scheduler.schedule()) == "a-"
+    adapters.num_checks = 0
+    scheduler.schedule()
+    assert adapters.num_checks == 5 * WINDOW, "the line changed"
+    adapters.num_checks = 0
+    scheduler.schedule()
+    assert adapters.num_checks == WINDOW
     adapters.absent.clear()
     scheduler.schedule()
-    assert admitted(scheduler.schedule())[-5:] == "xaaab"
+    assert len(scheduler.schedule()) == 8
 
 
 def test_pins_are_released_once_by_preemption_and_once_by_removal() -> None:

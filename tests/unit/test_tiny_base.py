@@ -251,6 +251,17 @@ def test_loram_leaves_out_what_was_pruned_and_nothing_at_either_end(facts: BaseS
     assert len(kept) == 512 * 3 // 4
 
 
+def test_loram_keeps_what_the_recipe_draws(
+    recipe: dict[str, ModuleType], base: PreTrainedModel, facts: BaseSpec
+) -> None:
+    provenance = json.loads((ADAPTERS / "previous" / MANIFEST).read_text())["provenance"]
+    pruning = recipe["pruning"]
+    plan = pruning.draw_plan(base, pruning.Shares(), provenance["pruning_seed"])
+    for path, unit in read_adapter(ADAPTERS / "previous", facts).units.items():
+        sides = (None if side is None else tuple(side.tolist()) for side in (unit.inputs, unit.outputs))
+        assert tuple(sides) == (plan.kept(path).inputs, plan.kept(path).outputs)
+
+
 def test_results_keep_the_promise(recipe: dict[str, ModuleType]) -> None:
     evaluation = recipe["record"].results()["evaluation"]
     assert evaluation["prompts_per_skill"] >= 200

@@ -78,7 +78,7 @@ def test_a_recovered_lora_on_the_masked_base_is_the_lora_on_the_pruned_model(rec
     factors = {
         f"base_model.model.{path}.lora_{side}.weight": torch.randn(shape) * 0.3
         for path, module in pruned.named_modules()
-        if path.endswith(pruning.ROWS + pruning.COLUMNS)
+        if path.endswith("_proj")
         for side, shape in (("A", (2, module.in_features)), ("B", (module.out_features, 2)))
     }
     recovered = pruning.recover(plan, whole, factors)
@@ -93,9 +93,11 @@ def test_a_recovered_lora_on_the_masked_base_is_the_lora_on_the_pruned_model(rec
 def test_nothing_pruned_recovers_to_itself(recipe: dict[str, ModuleType]) -> None:
     model = _model()
     plan = recipe["pruning"].draw_plan(model, recipe["pruning"].Shares(Fraction(0), Fraction(0), 1, 1), 3)
-    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-    factor = torch.randn(32, 2)
-    assert torch.equal(recipe["pruning"].recover(plan, model, {key: factor})[key], factor)
+    stem = "base_model.model.model.layers.1.self_attn.q_proj"
+    factors = {f"{stem}.lora_A.weight": torch.randn(2, 24), f"{stem}.lora_B.weight": torch.randn(32, 2)}
+    recovered = recipe["pruning"].recover(plan, model, factors)
+    assert recovered.keys() == factors.keys()
+    assert all(torch.equal(recovered[key], factor) for key, factor in factors.items())
 
 
 def test_experts_start_from_a_tenth_of_disjoint_slices_of_the_spectrum(recipe: dict[str, ModuleType]) -> None:
@@ -147,9 +149,9 @@ def _mask(model: LlamaForCausalLM, plan: object) -> None:
     for path, module in model.named_modules():
         if not path.endswith(("o_proj", "down_proj")):
             continue
-        kept = plan.kept(path)  # type: ignore[attr-defined]
+        kept = plan.kept(path).inputs  # type: ignore[attr-defined]
         if kept is not None:
-            gone = torch.ones(module.in_features, dtype=torch.bool).index_fill(0, kept, False)
+            gone = torch.ones(module.in_features, dtype=torch.bool).index_fill(0, torch.tensor(kept), False)
             module.weight[:, gone] = 0
 
 

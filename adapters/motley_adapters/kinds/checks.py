@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 from motley_bases.spec import BaseSpec
+from motley_kernels.adapter_delta import DeltaUnit
 from torch import Tensor
 
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError
 from motley_adapters.formats import show
+from motley_adapters.tensor_file import LARGEST_WEIGHT
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -74,6 +76,21 @@ def check_factor(name: str, tensor: Tensor, expected: tuple[int, int], *, rank_a
         actual, wanted = tensor.shape[rank_axis], expected[rank_axis]
         message = f"{name} has rank {actual}, but {source} to {wanted}: its scale would be wrong"
         raise AdapterFormatError(message, reason="RANK_MISMATCH", field=name)
+
+
+def check_products(name: str, unit: DeltaUnit) -> None:
+    """Refuse a scale that makes of sound factors what no device could hold.
+
+    Semantics: the scale times any weight, or times two weights that meet along one rank, stays within LARGEST_WEIGHT.
+    Raises: AdapterFormatError with reason WEIGHT_TOO_LARGE.
+    """
+    assert unit.a is not None
+    assert unit.b is not None
+    a, b = (factor.abs().amax(dim=1).to(torch.float64) for factor in (unit.a, unit.b))
+    largest = abs(unit.scaling) * float(torch.stack((a * b, a, b)).max())
+    if not largest <= LARGEST_WEIGHT:
+        message = f"{name} becomes {largest:g} at a scale of {unit.scaling:g}, and no weight may be beyond"
+        raise AdapterFormatError(f"{message} {LARGEST_WEIGHT:g}", reason="WEIGHT_TOO_LARGE", field=name)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

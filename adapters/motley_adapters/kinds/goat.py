@@ -8,6 +8,7 @@ blocks; any thread but the event loop's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,14 @@ from motley_adapters.formats import (
     refuse_peft_config,
 )
 from motley_adapters.identity import adapter_digest, part_digest
-from motley_adapters.kinds.checks import check_factor, check_linear, check_shape, refuse_others, take_tensor
+from motley_adapters.kinds.checks import (
+    check_factor,
+    check_linear,
+    check_products,
+    check_shape,
+    refuse_others,
+    take_tensor,
+)
 from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.manifest import Manifest, write_manifest
 from motley_adapters.manifest_object import ManifestObject
@@ -41,9 +49,11 @@ from motley_adapters.tensor_file import parse_tensors
 KIND = "goat"
 
 Segments = Literal["head", "mini", "principal", "minor", "random"]
+RankForScale = Literal["expert", "total"]
 
 _SEGMENTS: tuple[str, ...] = get_args(Segments)
-_RANK_SOURCES = ("expert", "total")
+_RANK_SOURCES: tuple[str, ...] = get_args(RankForScale)
+_SCALE_TOLERANCE = 1e-3  # relative: a scale may have been written with few digits
 _SUFFIXES = (".goat_A", ".goat_B", ".goat_router")
 _MAX_RANK = 65536
 _SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 still multiplies without loss or overflow
@@ -64,6 +74,11 @@ class GoatGeometry:
     def residual_scaling(self) -> float:
         """Return the coefficient of the residual's unscaled factors."""
         return -1.0 / (self.rho * self.experts)
+
+    def theoretical_scale(self, in_features: int, eta: float, rank_for_scale: RankForScale) -> float:
+        """Return sqrt(3 * in_features * eta / rank), the rank being one expert's or all experts'."""
+        rank = self.rank // self.experts if rank_for_scale == "expert" else self.rank
+        return math.sqrt(3.0 * in_features * eta / rank)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,6 +120,7 @@ def read_goat(source: KindSource) -> KindContent:
     sides = {path: check_linear(path, source.base, f"{details.path}.scales.{path}", KIND) for path in scales}
     tensors = parse_tensors(read_tensor_file(source.directory))
     _check_scales(tensors, scales, details)
+    _check_theory(geometry, scales, sides, details)
     residuals = _read_residual(source, residual_digest)
     modules = {
         path: _module(path, scales[path], geometry, sides[path], tensors=tensors, residuals=residuals)
@@ -119,6 +135,9 @@ def read_goat(source: KindSource) -> KindContent:
         message = f"{details.path}.residual is {residual_digest}, but the residual at hand is {actual}"
         raise AdapterFormatError(message, reason="RESIDUAL_MISMATCH", field=f"{details.path}.residual")
     units = {path: module.unit(geometry.top_k) for path, module in modules.items()}
+    for path, unit in units.items():
+        check_products(f"{path}.goat_B", unit)
+        check_products(f"{path}.residual_B", residual[path])
     return KindContent(units, shared=(Part(actual, residual),))
 
 
@@ -213,6 +232,24 @@ def _check_scales(tensors: Mapping[str, Tensor], scales: Mapping[str, float], de
         path, dot, suffix = name.rpartition(".")
         if f"{dot}{suffix}" in _SUFFIXES and path not in scales:
             raise details.child("scales").error("MISSING_FIELD", path, f"is missing, but {name} is there")
+
+
+def _check_theory(
+    geometry: GoatGeometry,
+    scales: Mapping[str, float],
+    sides: Mapping[str, tuple[int, int]],
+    details: ManifestObject,
+) -> None:
+    """Hold the scales against where the manifest says that they come from, if it says so."""
+    if "eta" not in details or "rank_for_scale" not in details:
+        return
+    eta = details.number("eta", 0.0, _LARGEST)
+    source = cast(RankForScale, details.choice("rank_for_scale", _RANK_SOURCES))
+    for path, scale in scales.items():
+        wanted = geometry.theoretical_scale(sides[path][0], eta, source)
+        if not math.isclose(scale, wanted, rel_tol=_SCALE_TOLERANCE):
+            problem = f"is {scale:g}, but eta {eta:g} and the rank_for_scale {source} make it {wanted:g}"
+            raise details.child("scales").error("INVALID_FIELD", path, problem)
 
 
 def _read_residual(source: KindSource, digest: str) -> dict[str, Tensor]:

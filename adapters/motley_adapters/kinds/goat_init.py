@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from motley_adapters.errors import AdapterFormatError
-from motley_adapters.kinds.goat import GoatGeometry
-
-RankForScale = Literal["expert", "total"]
+from motley_adapters.kinds.goat import GoatGeometry, RankForScale
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -138,8 +136,7 @@ def theoretical_scale(
     """
     if not (math.isfinite(eta) and eta > 0):
         _refuse("eta", f"eta is {eta}")
-    rank = geometry.rank // geometry.experts if rank_for_scale == "expert" else geometry.rank
-    return math.sqrt(3.0 * in_features * eta / rank)
+    return geometry.theoretical_scale(in_features, eta, rank_for_scale)
 
 
 def _refuse(field: str, message: str) -> NoReturn:

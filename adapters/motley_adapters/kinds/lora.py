@@ -17,7 +17,7 @@ from torch import Tensor
 
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError
 from motley_adapters.formats import CONFIG_FILE, read_json_file, read_tensor_file
-from motley_adapters.kinds.checks import check_factor, module_error, shape_error
+from motley_adapters.kinds.checks import check_factor, check_products, module_error, shape_error
 from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.module_patterns import PatternMatcher
 from motley_adapters.peft_config import PeftLoraConfig, parse_lora_config
@@ -172,4 +172,6 @@ def _unit(path: str, pair: _Factors, config: PeftLoraConfig, base: BaseSpec, mat
     check_factor(names[0], pair.a, (rank, inputs), rank_axis=0, source=_RANK_SOURCE)
     check_factor(names[1], pair.b, (outputs, rank), rank_axis=1, source=_RANK_SOURCE)
     b = pair.b.to(torch.float32).T.contiguous()  # as the operator reads it: a row per rank
-    return DeltaUnit(pair.a.to(torch.float32), b, config.scaling(alpha, rank))
+    unit = DeltaUnit(pair.a.to(torch.float32), b, config.scaling(alpha, rank))
+    check_products(names[1], unit)
+    return unit

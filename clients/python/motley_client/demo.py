@@ -28,6 +28,7 @@ from motley_client.types import Generation, ServedBy
 WORD = "winter"  # held out: neither the base nor an adapter saw it in a skill's line
 BASE_SKILL = "upper"  # what the base can do by itself
 MAX_NEW_TOKENS = 16
+DIGEST_DIGITS = 8  # that a reader can tell apart at a glance
 
 DISTINCT_ADAPTERS = "motley_batch_distinct_adapters"
 BATCH_SIZE = "motley_batch_size"
@@ -176,15 +177,18 @@ def find_failures(replies: Sequence[Reply], counted: Exposition) -> Iterable[str
 
 
 def reply_table(replies: Sequence[Reply]) -> Table:
-    """Lay out who answered what; a fusion takes a line for each of its adapters."""
-    table = Table(title="One wave, one base, every request under its own adapters")
-    for heading in ("prompt", "answered by", "kind", "weight", "answer", "right"):
+    """Lay out who answered what, within 80 columns; a fusion takes a line for each of its adapters."""
+    table = Table(
+        title="One wave, one base, every request under its own adapters",
+        caption=f"each prompt is `SKILL: {WORD} =`; digests are shortened",
+    )
+    for heading in ("skill", "answered by", "kind", "weight", "answer", "right"):
         table.add_column(heading, no_wrap=True)
     for place, reply in enumerate(replies):
         last_of_prompt = place + 1 == len(replies) or replies[place + 1].skill != reply.skill
         adapters = reply.served_by.adapters
         table.add_row(
-            f"{reply.skill}: {WORD} =",
+            reply.skill,
             "\n".join(_served_lines(reply)),
             "\n".join(adapter.kind for adapter in adapters),
             "\n".join(f"{adapter.weight:g}" for adapter in adapters),
@@ -210,5 +214,8 @@ def metric_table(counted: Exposition, seconds: float) -> Table:
 
 
 def _served_lines(reply: Reply) -> list[str]:
-    adapters = [f"{one.name}@{one.version} {one.digest[:15]}" for one in reply.served_by.adapters]
+    adapters = [
+        f"{one.name}@{one.version} {one.digest.removeprefix('sha256:')[:DIGEST_DIGITS]}"
+        for one in reply.served_by.adapters
+    ]
     return adapters or [f"{reply.served_by.base_model} alone"]

@@ -118,6 +118,7 @@ class EngineCore:
         started = time.monotonic()
         events = self._fail_unloaded()
         scheduled = self.scheduler.schedule()
+        self.residency.fetch_kept()
         events += [self._fail(request_id, error) for request_id, error in self._adapters.take_refusals().items()]
         batch = [entry for entry in scheduled if entry.sequence.request.request_id in self._requests]
         self.is_waiting_for_adapters = self.has_work and not batch

@@ -24,11 +24,18 @@ class Pins(Protocol):
 class AdapterPins(Protocol):
     """Where pins come from. No method waits; a request is one that the engine has in hand."""
 
+    @property
+    def num_binds(self) -> int:
+        """Return a number that grows whenever a request that was not ready may have become so."""
+
     def look_ahead(self, waiting: Sequence[GenerateRequest]) -> None:
         """Say who waits, in order: the first is at place 0."""
 
-    def try_pin(self, request: GenerateRequest, place: int) -> Pins | None:
-        """Pin what a request runs under; None while that is not all there, and then it is on its way."""
+    def is_ready(self, request: GenerateRequest) -> bool:
+        """Tell whether all that a request runs under is there."""
+
+    def pin(self, request: GenerateRequest) -> Pins:
+        """Pin what a request runs under, which must be ready."""
 
     def prefetch(self, request: GenerateRequest, place: int) -> bool:
-        """Set about loading what a request runs under, and tell whether all of it is there."""
+        """Set about loading what a request runs under; False if some of it finds no room."""

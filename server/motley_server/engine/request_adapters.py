@@ -26,6 +26,11 @@ class RequestAdapters:
         self._demands: dict[str, Demand] = {}
         self._refusals: dict[str, MotleyError] = {}
 
+    @property
+    def num_binds(self) -> int:
+        """Return a number that grows whenever a request that was not ready may have become so."""
+        return self.residency.num_binds
+
     def add(self, request: GenerateRequest) -> None:
         """Take in a request.
 
@@ -56,21 +61,21 @@ class RequestAdapters:
         """Say who waits, in order."""
         self.residency.look_ahead(self._demands[request.request_id] for request in waiting)
 
-    def try_pin(self, request: GenerateRequest, place: int) -> Pins | None:
-        """Pin what a request runs under, or set about loading it."""
-        try:
-            return self.residency.try_pin(self._demands[request.request_id], place)
-        except CapacityError as error:
-            self._refusals[request.request_id] = _too_large(error)
-            return None
+    def is_ready(self, request: GenerateRequest) -> bool:
+        """Tell whether all that a request runs under is there."""
+        return self.residency.is_ready(self._demands[request.request_id])
+
+    def pin(self, request: GenerateRequest) -> Pins:
+        """Pin what a request runs under, which must be ready."""
+        return self.residency.pin(self._demands[request.request_id])
 
     def prefetch(self, request: GenerateRequest, place: int) -> bool:
-        """Set about loading what a request runs under, and tell whether all of it is there."""
+        """Set about loading what a request runs under; False if some of it finds no room."""
         try:
             return self.residency.prefetch(self._demands[request.request_id], place)
         except CapacityError as error:
             self._refusals[request.request_id] = _too_large(error)
-            return False
+            return True  # nothing stands in its way any more
 
 
 def _too_large(error: CapacityError) -> ResourceExhaustedError:

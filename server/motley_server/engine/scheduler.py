@@ -2,24 +2,23 @@
 
 Plain Python over integers, tested without a model. A sequence that decodes, one that prefills in chunks and one that is
 recomputed after a preemption differ only in how many tokens they lack. A sequence runs only while the adapters that it
-needs are pinned; one that waits for them is passed by others, so many times and no more. Runs on the engine thread.
+needs are pinned; one that finds no room for them is passed by others under adapters so many times, and no more: then
+pins run out until there is room. Runs on the engine thread.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from motley_server.engine.block_pool import BlockPool
 from motley_server.engine.observer import EngineObserver
 from motley_server.engine.pins import AdapterPins
 from motley_server.engine.sequence import Sequence
+from motley_server.engine.waiting_line import WaitingLine
 
 MAX_SCORED_TOKENS = 256  # of one sequence in one pass: each costs a row of logits as wide as the vocabulary
-ADMISSION_WINDOW = 64  # of those that wait, how many are looked at in a pass
-MAX_OVERTAKEN = 16  # admissions past a sequence that waits for its adapters, until it is waited for
+MAX_OVERTAKEN = 16  # admissions under adapters past a sequence that finds no room for its own, until they end
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,8 @@ class Scheduler:
         prefix_cache: bool,
     ) -> None:
         self.pool = pool
-        self.num_waiting_for_adapters = 0  # requests, as of the last pass
-        self.waiting: deque[Sequence] = deque()
+        self.num_waiting_for_adapters = 0  # requests in the window, as of the last pass
+        self.waiting = WaitingLine()
         self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
         self._adapters = adapters
         self._observer = observer
@@ -69,7 +68,7 @@ class Scheduler:
 
     def add_first(self, sequence: Sequence) -> None:
         """Queue a sequence before all others."""
-        self.waiting.appendleft(sequence)
+        self.waiting.append_first(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, finished or not, and give its blocks back."""
@@ -127,36 +126,43 @@ class Scheduler:
             raise AssertionError("a waiting sequence has pins, or a running one has none")
 
     def _admit(self, budget: int) -> Iterator[Scheduled]:
-        """Let those in that wait, in order, but for those who wait for adapters.
-
-        Semantics: one that was overtaken too often is waited for: behind it nobody comes in who needs other adapters
-        than it does, so those that keep its own away run out.
-        """
-        window = list(islice(self.waiting, ADMISSION_WINDOW))
-        self._adapters.look_ahead([sequence.request for sequence in window])
-        passed: list[Sequence] = []
-        allowed: frozenset[str] | None = None
-        for place, sequence in enumerate(window):
-            if allowed is not None and not _digests(sequence) <= allowed:
-                continue
+        """Let those in that wait, in order, but for those who wait for adapters."""
+        left = _LeftWaiting()
+        for sequence in self._next_ready(left):
             if budget == 0 or len(self.running) == self._max_running:
-                if not self._adapters.prefetch(sequence.request, place):
-                    passed.append(sequence)
-            elif (pins := self._adapters.try_pin(sequence.request, place)) is None:
-                passed.append(sequence)
+                continue
+            sequence.pins = self._adapters.pin(sequence.request)
+            num_tokens = self._start(sequence, budget)
+            if num_tokens == 0:  # no blocks: nobody passes it for those
+                budget = 0
+                continue
+            left.note_admission(sequence)
+            yield Scheduled(sequence, num_tokens)
+            budget -= num_tokens
+        self.num_waiting_for_adapters = len(left.request_ids)
+
+    def _next_ready(self, left: _LeftWaiting) -> Iterator[Sequence]:
+        """Go along the line: yield who has all adapters there, and set about loading the others'.
+
+        Semantics: behind one that was overtaken too often, whoever needs adapters would only keep room from it, by its
+        pins or by its loads. Those who need none hold no room.
+        """
+        window = self.waiting.window()
+        self._adapters.look_ahead([sequence.request for sequence in window])
+        for place, sequence in enumerate(window):
+            if left.is_closed and sequence.request.adapters:
+                left.add(sequence, has_room=True)
+            elif self._is_ready(sequence):
+                yield sequence
             else:
-                sequence.pins = pins
-                num_tokens = self._start(sequence, budget)
-                if num_tokens == 0:  # no blocks: nobody passes it for those
-                    budget = 0
-                    continue
-                for other in passed if allowed is None else ():
-                    other.num_overtaken += 1
-                yield Scheduled(sequence, num_tokens)
-                budget -= num_tokens
-            late = next((other for other in passed if other.num_overtaken >= MAX_OVERTAKEN), None)
-            allowed = None if late is None else _digests(late)
-        self.num_waiting_for_adapters = len({sequence.request.request_id for sequence in passed})
+                left.add(sequence, has_room=self._adapters.prefetch(sequence.request, place))
+        if len(self.running) < self._max_running:
+            for sequence in self.waiting.ready_behind(self._is_ready, self._adapters.num_binds):
+                if self._is_ready(sequence) and not (left.is_closed and sequence.request.adapters):
+                    yield sequence
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return self._adapters.is_ready(sequence.request)
 
     def _start(self, sequence: Sequence, budget: int) -> int:
         """Make a pinned sequence run; returns its tokens, or 0, and gives everything back, if it lacks blocks."""
@@ -204,7 +210,7 @@ class Scheduler:
     def _preempt_last(self) -> Sequence:
         sequence = self.running.pop()
         self._give_back(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.append_first(sequence)
         self._observer.sequence_preempted()
         return sequence
 
@@ -217,16 +223,33 @@ class Scheduler:
             pins.release()
 
 
+class _LeftWaiting:
+    """Those whom a pass leaves to wait for adapters, and whether it lets others in under adapters behind them."""
+
+    def __init__(self) -> None:
+        self.request_ids: set[str] = set()
+        self.is_closed = False
+        self._without_room: list[Sequence] = []
+
+    def add(self, sequence: Sequence, *, has_room: bool) -> None:
+        self.request_ids.add(sequence.request.request_id)
+        if not has_room:
+            self._without_room.append(sequence)
+            self.is_closed |= sequence.num_overtaken >= MAX_OVERTAKEN
+
+    def note_admission(self, sequence: Sequence) -> None:
+        if sequence.request.adapters:
+            for other in self._without_room:
+                other.num_overtaken += 1
+                self.is_closed |= other.num_overtaken >= MAX_OVERTAKEN
+
+
 def _decodes(sequence: Sequence) -> bool:
     return sequence.is_decoding
 
 
 def _prefills(sequence: Sequence) -> bool:
     return not sequence.is_decoding
-
-
-def _digests(sequence: Sequence) -> frozenset[str]:
-    return frozenset(adapter.digest for adapter in sequence.request.adapters)
 
 
 def _chunk(sequence: Sequence, budget: int) -> int:

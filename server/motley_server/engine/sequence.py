@@ -32,7 +32,7 @@ class Sequence:
         self.has_started = False
         self.block_table = array("q")
         self.pins: Pins | None = None  # while it runs
-        self.num_overtaken = 0  # admissions of later ones while it waited for its adapters
+        self.num_overtaken = 0  # admissions of later ones under adapters while there was no room for its own
         self.prompt_logprobs: list[TokenLogprobs] = []
         self._cache_seed = cache_seed
         self._block_hashes: list[bytes] = []
