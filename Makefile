@@ -5,7 +5,7 @@ SHELL := bash
 
 # torch's threads spin in their barriers for long unless told otherwise (docs/adr/0007), and nothing here may reach for a model hub. Set before torch is imported.
 export OMP_WAIT_POLICY := passive
-export GOMP_SPINCOUNT := 2000
+export GOMP_SPINCOUNT := 5000
 export HF_HUB_OFFLINE := 1
 
 PYTHON ?= python3

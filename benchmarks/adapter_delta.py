@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 
 # Before torch: barriers that spin long make neighbours part of the figure, and those that sleep at once cost wake-ups.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 from motley_kernels.adapter_delta import DeltaBatch, DeltaUnit, UnitTable, add_delta

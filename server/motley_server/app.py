@@ -49,9 +49,9 @@ class StartError(Exception):
 
 def prepare_process(environ: MutableMapping[str, str], log_level: str) -> None:
     """Set what must be set before torch is loaded, and send the log to stderr."""
-    # Waiting threads must not spin beside other processes, but for the microseconds between two products (ADR 0007).
+    # Waiting threads must not spin beside other processes, but for microseconds between two products (ADRs 0007, 0011).
     environ.setdefault("OMP_WAIT_POLICY", "passive")
-    environ.setdefault("GOMP_SPINCOUNT", "2000")
+    environ.setdefault("GOMP_SPINCOUNT", "5000")
     environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever fetched, whatever a library would like
     logging.basicConfig(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"

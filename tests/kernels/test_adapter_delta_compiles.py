@@ -8,7 +8,7 @@ import pytest
 import torch
 from compiled_kernels import SHARED_BYTES, compile_kernel
 from motley_kernels.adapter_delta import DeltaBatch, UnitTable, triton_impl
-from motley_kernels.adapter_delta.triton_impl import Launch
+from motley_kernels.launch import Launch
 from motley_kernels.testing import KINDS, draw_goat, draw_kind, draw_unit
 from torch import Generator, Tensor
 

@@ -10,6 +10,7 @@ from delta_problems import NUM_SLOTS, Problem, apply, define, draw_problem, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motley_kernels.adapter_delta import DeltaBatch, DeltaUnit, UnitTable, add_embedding_delta
+from motley_kernels.adapter_delta.triton_plan import UnitRows
 from motley_kernels.adapter_delta.types import Gate
 from motley_kernels.errors import KernelError
 from motley_kernels.testing import (
@@ -193,6 +194,56 @@ def test_churn_never_leaves_stale_addresses() -> None:
             batch = DeltaBatch.from_sets([tuple((slots[s], w) for s, w in members) for members in sets])
         x, y = torch.randn(9, 40, generator=generator), torch.randn(9, 24, generator=generator)
         assert_close(apply(units, batch, x, y, "triton"), define(units, batch, x, y), torch.float32)
+
+
+def test_a_unit_that_goes_takes_no_other_units_row_along() -> None:
+    generator = Generator().manual_seed(11)
+    units = table_of(*(draw_kind(kind, 8, 40, 24, generator) for kind in KINDS), sides=(40, 24))
+    batch = DeltaBatch.from_sets([((slot, 1.0),) for slot in range(len(KINDS))])
+    x, y = torch.randn(len(KINDS), 40, generator=generator), torch.zeros(len(KINDS), 24)
+    before = apply(units, batch, x, y, "triton")
+    rows = units.plan
+    assert isinstance(rows, UnitRows)
+    told = dict(rows.by_slot)
+    units.unbind(2)
+    without = apply(units, batch, x, y, "triton")
+    assert torch.equal(without[2], y[2])
+    units.bind(99, draw_kind("goat", 8, 40, 24, generator))  # in the place of the one that is gone
+    apply(units, DeltaBatch.from_sets([((99, 1.0),)]), x[:1], y[:1], "triton")
+    assert units.plan is rows
+    assert rows.by_slot[99].shape.row == told[2].shape.row
+    assert len(rows.table) == len(KINDS)
+    assert all(rows.by_slot[slot] is told[slot] for slot in told if slot != 2)
+    after = apply(units, batch, x, y, "triton")
+    others = torch.arange(len(KINDS)) != 2
+    assert torch.equal(after[2], y[2]), "a batch that still names the slot finds nothing"
+    assert torch.equal(after[others], before[others])
+
+
+def test_another_unit_under_a_slot_is_seen_by_the_same_batch() -> None:
+    generator = Generator().manual_seed(12)
+    units = table_of(*(draw_unit(4, 16, 8, generator) for _ in range(2)), sides=(16, 8))
+    batch = DeltaBatch.from_sets([((0, 1.0),), ((1, 1.0),)])
+    x, y = torch.randn(2, 16, generator=generator), torch.zeros(2, 8)
+    with torch.inference_mode():
+        apply(units, batch, x, y, "triton")
+    units.unbind(1)
+    units.bind(1, draw_unit(4, 16, 8, generator))
+    assert_close(apply(units, batch, x, y, "triton"), define(units, batch, x, y), torch.float32)
+
+
+def test_factors_that_are_refused_leave_nothing_half_told() -> None:
+    generator = Generator().manual_seed(13)
+    units = table_of(*(draw_unit(4, 16, 8, generator) for _ in range(2)), sides=(16, 8))
+    units.bind(2, draw_unit(4, 16, 8, generator, torch.float16))
+    x, y = torch.randn(1, 16, generator=generator), torch.zeros(1, 8)
+    first, mixed, second = (DeltaBatch.from_sets([members]) for members in (
+        ((0, 1.0),), ((1, 1.0), (2, 1.0)), ((1, 1.0),)
+    ))  # fmt: skip
+    apply(units, first, x, y, "triton")
+    with pytest.raises(KernelError, match="one dtype"):
+        apply(units, mixed, x, y, "triton")
+    assert_close(apply(units, second, x, y, "triton"), define(units, second, x, y), torch.float32)
 
 
 def test_a_unit_is_awaited_once_and_before_use() -> None:

@@ -88,4 +88,4 @@ def test_the_process_is_prepared_before_torch_may_be_loaded() -> None:
     app.prepare_process(environ, "info")
     assert environ == {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "7", "HF_HUB_OFFLINE": "1"}
     app.prepare_process(unset := dict[str, str](), "info")
-    assert unset == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1"}
+    assert unset == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1"}

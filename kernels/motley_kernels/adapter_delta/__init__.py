@@ -25,6 +25,7 @@ __all__ = [
     "UnitTable",
     "add_delta",
     "add_embedding_delta",
+    "warm_up",
 ]
 
 Implementation = Literal["auto", "reference", "grouped", "triton"]
@@ -96,6 +97,17 @@ def add_embedding_delta(
         grouped.add_embedding_delta(y, input_ids, units, batch, output_scale)
 
 
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what the first token under an adapter would otherwise wait for.
+
+    Semantics: seconds where nothing compiled was kept on disk by an earlier process, a moment where it was.
+    """
+    units = UnitTable(8, 8)
+    units.bind(0, DeltaUnit(torch.zeros(1, 8, device=device), torch.zeros(1, 8, device=device), 1.0))
+    row = torch.zeros(1, 8, device=device, dtype=dtype)
+    add_delta(row, row.clone(), units, DeltaBatch.from_sequences([(((0, 1.0),), 1)], device))
+
+
 def _choose(implementation: Implementation, y: Tensor) -> Implementation:
     """Return what `auto` means for this output: the kernels on CUDA, plain torch elsewhere, neither for float64."""
     if implementation != "auto":
@@ -111,6 +123,5 @@ def _check_output(y: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
 
 
 def _check_device(y: Tensor, given: Tensor, units: UnitTable) -> None:
-    unit = next(iter(units.units.values()))
-    if not (y.device == given.device == unit.device):
-        raise DeviceError(f"y is on {y.device}, the input on {given.device}, the units on {unit.device}")
+    if not (y.device == given.device == units.device):
+        raise DeviceError(f"y is on {y.device}, the input on {given.device}, the units on {units.device}")

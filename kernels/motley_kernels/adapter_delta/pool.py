@@ -1,9 +1,7 @@
 """The pool: one flat piece of memory in which the units of all resident adapters lie, at their true rank.
 
-It lays tensors out and hands out views; which extents are taken is its owner's business. On a CPU every factor starts
-at a multiple of its own row length, so that the pool, seen as rows of that length, has the factor's rows at consecutive
-whole indices: implementations there gather rows by index, whichever adapter they are of. Elsewhere kernels take
-pointers, and factors only start on cache lines.
+It lays tensors out and hands out views; which extents are taken is its owner's business. Every tensor starts on a
+cache line of its own, whatever its shape: implementations read it where it lies.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor
 from motley_kernels.adapter_delta.types import DeltaUnit
 
 ALIGNMENT = 256
-"""Bytes to whose multiples extents start and end."""
+"""Bytes to whose multiples tensors and extents start and end."""
 
 
 class UnitPool:
@@ -31,46 +29,39 @@ class UnitPool:
             self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
 
     def extent_bytes(self, units: Sequence[DeltaUnit]) -> int:
-        """Return the bytes of an extent that holds these units wherever it starts."""
-        total, aligned_to = 0, 0
-        for tensor, dtype in self._pieces(units):
-            step, size = self._step(tensor, dtype), tensor.numel() * dtype.itemsize
-            total += size if step == aligned_to else step + size
-            aligned_to = step if size % step == 0 else 0
-        return -(-total // ALIGNMENT) * ALIGNMENT
+        """Return the bytes of an extent that holds these units."""
+        return sum(_aligned(tensor.numel() * dtype.itemsize) for tensor, dtype in self._pieces(units))
 
     def place(self, start: int, units: Sequence[DeltaUnit]) -> list[DeltaUnit]:
         """Return units of the same shapes as views of the pool from a byte on; their contents are whatever is there.
 
-        Semantics: off a CPU, offsets within the extent do not depend on `start`, so that one copy moves it whole.
-        Raises: ValueError if the extent does not lie in the pool.
+        Semantics: offsets within the extent do not depend on `start`, so that one copy moves it whole.
+        Raises: ValueError if the extent does not start on a multiple of ALIGNMENT, or does not lie in the pool.
         """
-        views: dict[int, Tensor] = {}
-        offset = start
+        end = start + self.extent_bytes(units)
+        if start % ALIGNMENT or not 0 <= start <= end <= self.num_bytes:
+            raise ValueError(f"bytes {start} to {end} are no extent of a pool of {self.num_bytes}")
+        views = []
         for tensor, dtype in self._pieces(units):
-            step = self._step(tensor, dtype)
-            offset = -(-offset // step) * step
-            end = offset + tensor.numel() * dtype.itemsize
-            if start < 0 or end > self.num_bytes:
-                raise ValueError(f"bytes {start} to {end} do not lie in a pool of {self.num_bytes}")
-            views[id(tensor)] = self.buffer[offset:end].view(dtype).view(tensor.shape)
-            offset = end
-        return [unit.with_tensors(views[id(tensor)] for tensor in unit.tensors) for unit in units]
+            num_bytes = tensor.numel() * dtype.itemsize
+            views.append(self.buffer[start : start + num_bytes].view(dtype).view(tensor.shape))
+            start += _aligned(num_bytes)
+        placed = iter(views)
+        return [unit.with_tensors([next(placed) for _ in unit.tensors]) for unit in units]
 
     def _pieces(self, units: Sequence[DeltaUnit]) -> list[tuple[Tensor, torch.dtype]]:
-        """Return every tensor with the dtype it is held in, those of one row length together."""
+        """Return every tensor with the dtype it is held in."""
         pieces = []
         for unit in units:
             for tensor in unit.tensors:
                 is_router = unit.gate is not None and tensor is unit.gate.router
                 dtype = torch.float32 if is_router else self.dtype if tensor.is_floating_point() else torch.int32
                 pieces.append((tensor, dtype))
-        return sorted(pieces, key=lambda piece: (piece[0].is_floating_point(), piece[1].itemsize, piece[0].shape[-1]))
+        return pieces
 
-    def _step(self, tensor: Tensor, dtype: torch.dtype) -> int:
-        if self.device.type != "cpu" or not tensor.is_floating_point():
-            return ALIGNMENT
-        return max(1, tensor.shape[-1]) * dtype.itemsize
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def write_units(placed: Sequence[DeltaUnit], units: Sequence[DeltaUnit]) -> None:

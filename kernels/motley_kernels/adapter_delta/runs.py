@@ -2,8 +2,9 @@
 
 The prefill side of the CPU path, and the whole of it on a device without a kernel of ours. Runs are padded to whole
 multiples of RUN_PADDING rows, ranks and widths likewise, as a product of other shapes takes another path through the
-library and bits would depend on how many tokens there are. It knows nothing of how single tokens are laid out; the
-engine thread runs it.
+library and bits would depend on how many tokens there are. Of a factor only what is over a whole multiple is copied,
+for the length of one product: what a run keeps are the units' own tensors. It knows nothing of how single tokens are
+laid out; the engine thread runs it.
 """
 
 from __future__ import annotations
@@ -33,20 +34,10 @@ class RunRows:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RunMember:
-    """One unit of a run's set, ready to multiply: a^T [I', R'], b [R', O'], both padded.
+    """One unit of a run's set, and what its products are multiplied by."""
 
-    `num_products` and `num_outputs` are the true sizes; channels are int64.
-    """
-
+    unit: DeltaUnit
     scale: float
-    num_products: int
-    num_outputs: int
-    a: Tensor | None
-    b: Tensor | None
-    inputs: Tensor | None
-    outputs: Tensor | None
-    router: Tensor | None  # [I', E'] padded
-    num_experts: int
     beyond: Tensor | None  # [E] bool
 
 
@@ -69,25 +60,11 @@ def make_rows(segment: Segment) -> RunRows:
     return RunRows(sources, targets, (first, last + 1) if is_span else None)
 
 
-def make_member(unit: DeltaUnit, weight: float) -> RunMember:
-    """Prepare a unit; factors that are float32 and of whole multiples already are not copied."""
+def make_member(unit: DeltaUnit, scale: float) -> RunMember:
+    """Prepare a unit, given its weight in the set times its own scaling."""
     gate = unit.gate
-    a = None if unit.a is None else _padded(unit.a, RUN_PADDING, WIDTH_PADDING).t()
-    b = None if unit.b is None else _padded(unit.b, RUN_PADDING, WIDTH_PADDING)
-    router = None if gate is None else _padded(gate.router, RUN_PADDING, WIDTH_PADDING).t()
     beyond = None if gate is None else torch.arange(gate.num_experts, device=unit.device) >= gate.top_k
-    return RunMember(
-        scale=weight * unit.scaling,
-        num_products=unit.rank,
-        num_outputs=unit.rank if unit.b is None else unit.b.shape[1],
-        a=a,
-        b=b,
-        inputs=None if unit.inputs is None else unit.inputs.long(),
-        outputs=None if unit.outputs is None else unit.outputs.long(),
-        router=router,
-        num_experts=0 if gate is None else gate.num_experts,
-        beyond=beyond,
-    )
+    return RunMember(unit, scale, beyond)
 
 
 def add_run(y: Tensor, x: Tensor, run: Run) -> None:
@@ -98,11 +75,11 @@ def add_run(y: Tensor, x: Tensor, run: Run) -> None:
     total: Tensor | None = None
     for member in run.members:
         written = _multiply(x, padded, member)
-        if member.outputs is None:
+        if member.unit.outputs is None:
             total = written if total is None else total.add_(written)
         else:
             total = x.new_zeros(len(x), y.shape[1]) if total is None else total
-            total.index_add_(1, member.outputs, written)
+            total.index_add_(1, member.unit.outputs.long(), written)  # several times as fast as by int32
     if total is None:
         return
     if span is not None:
@@ -113,29 +90,54 @@ def add_run(y: Tensor, x: Tensor, run: Run) -> None:
 
 def _multiply(x: Tensor, padded: Tensor, member: RunMember) -> Tensor:
     """Return what one member writes, [n', O'] float32, for inputs [n', I] and the same padded."""
-    if member.inputs is None:
-        assert member.a is not None
-        products = torch.mm(padded, member.a).mul_(member.scale)
+    unit = member.unit
+    gathered = None if unit.inputs is None else x.index_select(1, unit.inputs)
+    if unit.a is not None:
+        products = _shrink(padded if gathered is None else _widened(gathered, WIDTH_PADDING), unit.a)
     else:
-        gathered = x.index_select(1, member.inputs)
-        products = gathered if member.a is None else torch.mm(_widened(gathered, WIDTH_PADDING), member.a)
-        products = products.mul_(member.scale)
-    if member.router is not None:
+        assert gathered is not None, "a unit without a has inputs"
+        products = _widened(gathered, RUN_PADDING)
+    products = products.mul_(member.scale)
+    if unit.gate is not None:
         assert member.beyond is not None
-        logits = torch.mm(padded, member.router)[:, : member.num_experts]
+        logits = _shrink(padded, unit.gate.router)[:, : unit.gate.num_experts]
         shares = torch.empty_like(logits)
         share_out(logits, member.beyond, shares)
-        expert_rank = member.num_products // member.num_experts
-        products[:, : member.num_products].unflatten(1, (-1, expert_rank)).mul_(shares.unsqueeze(2))
-    if member.b is None:
-        return products[:, : member.num_products]
-    return torch.mm(_widened(products, RUN_PADDING), member.b)[:, : member.num_outputs]
+        expert_rank = unit.rank // unit.gate.num_experts
+        products[:, : unit.rank].unflatten(1, (-1, expert_rank)).mul_(shares.unsqueeze(2))
+    return products[:, : unit.rank] if unit.b is None else _expand(products, unit.b)
 
 
-def _padded(factor: Tensor, row_multiple: int, width_multiple: int) -> Tensor:
-    factor = factor.to(torch.float32)
-    more_rows, more_width = -factor.shape[0] % row_multiple, -factor.shape[1] % width_multiple
-    return pad(factor, (0, more_width, 0, more_rows)) if more_rows or more_width else factor
+def _shrink(x: Tensor, factor: Tensor) -> Tensor:
+    """Return the products of inputs [n', I''] with the rows of a factor [R, I'], [n', R'']; '' is padded."""
+    rank, whole = factor.shape[0], _whole_rows(factor)
+    products = x.new_empty(len(x), rank + -rank % RUN_PADDING)
+    if whole:
+        torch.mm(x, factor[:whole].t(), out=products[:, :whole])
+    if whole < rank:
+        torch.mm(x, _padded(factor[whole:]).t(), out=products[:, whole:])
+    return products
+
+
+def _expand(products: Tensor, factor: Tensor) -> Tensor:
+    """Return the sums of the rows of a factor [R, O'] weighed by products [n', R''], [n', O']; '' is padded."""
+    rank, whole = factor.shape[0], _whole_rows(factor)
+    if whole == rank:
+        return torch.mm(products, factor)
+    rest = torch.mm(products[:, whole:], _padded(factor[whole:]))
+    return rest.addmm_(products[:, :whole], factor[:whole]) if whole else rest[:, : factor.shape[1]]
+
+
+def _whole_rows(factor: Tensor) -> int:
+    """Return how many rows can be multiplied where they lie: none if their width or dtype is not the library's."""
+    is_whole = factor.dtype == torch.float32 and factor.shape[1] % WIDTH_PADDING == 0
+    return factor.shape[0] // RUN_PADDING * RUN_PADDING if is_whole else 0
+
+
+def _padded(factor: Tensor) -> Tensor:
+    """Return a copy in float32, padded to whole multiples with zeros."""
+    more_rows, more_width = -factor.shape[0] % RUN_PADDING, -factor.shape[1] % WIDTH_PADDING
+    return pad(factor.to(torch.float32), (0, more_width, 0, more_rows))
 
 
 def _widened(rows: Tensor, multiple: int) -> Tensor:

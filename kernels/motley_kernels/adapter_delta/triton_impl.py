@@ -1,16 +1,11 @@
 """The adapter delta by our Triton kernels: the path on CUDA, two launches a Linear and three where there are experts.
 
 Semantics are those of `reference`. What a kernel is compiled for follows from dtypes, the Linear's width and its units,
-and none of it changes the order in which one token's products and sums are taken. A launch is a value, so that a test
-can compile every one of them where there is no GPU. The engine thread runs it; its scratch lives in the batch and in
-the unit table. Importing this module needs triton.
+and none of it changes the order in which one token's products and sums are taken. The engine thread runs it; its
+scratch lives in the batch and in the unit table. Importing this module needs triton.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -23,30 +18,13 @@ from motley_kernels.adapter_delta.triton_gate import gate_kernel
 from motley_kernels.adapter_delta.triton_plan import BLOCK_O, TILE_COLUMNS, Layout, UnitRows, plan_for
 from motley_kernels.adapter_delta.triton_shrink import look_up_kernel, shrink_kernel
 from motley_kernels.adapter_delta.types import DeltaBatch, UnitTable
+from motley_kernels.launch import Launch
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 IS_INTERPRETED = not isinstance(expand_kernel, triton.JITFunction)
 SPLIT_INPUTS, MAX_SPLITS = 1024, 8
 """Inputs are summed in parts of about so many, so that one small unit fills a device; a function of the width alone."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Launch:
-    """One kernel launch: what is passed at run time, and what the kernel is compiled for."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Tensor | int | float]
-    constants: Mapping[str, Any]
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Return how it is compiled; fusion of products and sums is said, as triton's default is about to change."""
-        return {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-
-    def run(self) -> None:
-        """Launch on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+NUM_STAGES = 3
 
 
 def add_delta(y: Tensor, x: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
@@ -101,7 +79,8 @@ def embedding_launches(
         "tiles_ptr": layout.shrink_tiles,
         "tokens_ptr": layout.tokens,
     }
-    look_up = Launch(look_up_kernel, (len(layout.shrink_tiles),), arguments, {"FACTOR_TYPE": TYPES[rows.dtype]})
+    constants = {"FACTOR_TYPE": TYPES[rows.dtype]}
+    look_up = Launch(look_up_kernel, (len(layout.shrink_tiles),), arguments, constants, NUM_STAGES)
     return [look_up, _expand(y, y, hidden, layout, rows, output_scale)]
 
 
@@ -126,7 +105,7 @@ def _shrink(x: Tensor, hidden: Tensor, layout: Layout, rows: UnitRows, in_featur
         "IN_FLOAT32": in_float32 or (IS_INTERPRETED and rows.dtype == torch.bfloat16),
         "IS_ALIGNED": rows.is_aligned,
     }
-    return Launch(shrink_kernel, (len(layout.shrink_tiles), len(hidden)), arguments, constants)
+    return Launch(shrink_kernel, (len(layout.shrink_tiles), len(hidden)), arguments, constants, NUM_STAGES)
 
 
 def _gate(hidden: Tensor, layout: Layout, rows: UnitRows) -> Launch:
@@ -137,7 +116,7 @@ def _gate(hidden: Tensor, layout: Layout, rows: UnitRows) -> Launch:
         "hidden_size": layout.hidden_size,
     }
     constants = {"BLOCK_E": max(TILE_COLUMNS, triton.next_power_of_2(rows.max_experts)), "SPLITS": len(hidden)}
-    return Launch(gate_kernel, (len(layout.gate_tiles),), arguments, constants)
+    return Launch(gate_kernel, (len(layout.gate_tiles),), arguments, constants, NUM_STAGES)
 
 
 def _expand(y: Tensor, x: Tensor, hidden: Tensor, layout: Layout, rows: UnitRows, output_scale: float) -> Launch:
@@ -165,4 +144,5 @@ def _expand(y: Tensor, x: Tensor, hidden: Tensor, layout: Layout, rows: UnitRows
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32x3",
         "IS_ALIGNED": rows.is_aligned,
     }
-    return Launch(expand_kernel, (len(layout.expand_tiles), triton.cdiv(y.shape[1], BLOCK_O)), arguments, constants)
+    grid = (len(layout.expand_tiles), triton.cdiv(y.shape[1], BLOCK_O))
+    return Launch(expand_kernel, grid, arguments, constants, NUM_STAGES)

@@ -20,6 +20,7 @@ from motley_kernels.errors import KernelError
 TILE_TOKENS = int(records.TILE_TOKENS.value)
 TILE_COLUMNS = int(records.TILE_COLUMNS.value)
 BLOCK_O = int(records.BLOCK_O.value)
+UNIT_FIELDS = int(records.UNIT_FIELDS.value)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,19 +38,30 @@ class Shape:
         return self.num_products + 2 * self.num_logits
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class UnitRow:
+    """One unit as the kernels are told of it, in one row; `held` is what its addresses are of."""
+
+    unit: DeltaUnit
+    shape: Shape
+    numbers: list[int]
+    held: tuple[Tensor, ...]
+    is_aligned: bool
+
+
 @dataclass(eq=False, slots=True)
 class UnitRows:
     """The units of one table that batches have used, as rows of `triton_records`.
 
-    Semantics: a shape of None is a unit that adds nothing. `held` keeps alive what was made for the kernels: tables of
-    starts, and copies of tensors that are not contiguous. Slots are never reused, so a row is never another unit's; the
-    table drops all rows when a slot is unbound.
+    Semantics: `free` are the rows of units that are gone, to be another's: tiles that name them are of an older
+    generation, and are cut anew before they are used.
     """
 
-    dtype: torch.dtype = torch.float32  # of all factors, as the first has it
-    shapes: dict[int, Shape | None] = field(default_factory=dict)
-    table: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    held: list[Tensor] = field(default_factory=list)
+    table: Tensor
+    generation: int = -1
+    dtype: torch.dtype = torch.float32  # of all factors
+    by_slot: dict[int, UnitRow] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list)
     is_aligned: bool = True
     max_experts: int = 1
 
@@ -91,7 +103,7 @@ def plan_for(units: UnitTable, batch: DeltaBatch, device: torch.device) -> Plan:
         return plan
     rows = _rows_for(units, sorted(slot for slot in batch.slots if slot in units.units), device)
     places: Places = tuple(
-        tuple((shape, weight) for slot, weight in segment.members if (shape := rows.shapes.get(slot)) is not None)
+        tuple((rows.by_slot[slot].shape, weight) for slot, weight in segment.members if slot in rows.by_slot)
         for segment in batch.segments
     )
     layout = None
@@ -105,24 +117,48 @@ def plan_for(units: UnitTable, batch: DeltaBatch, device: torch.device) -> Plan:
 
 
 def _rows_for(units: UnitTable, slots: list[int], device: torch.device) -> UnitRows:
-    """Return the table's rows, with those of these slots among them."""
-    rows = units.plan if isinstance(units.plan, UnitRows) else UnitRows()
-    added: list[list[int]] = []
-    for slot in slots:
-        if slot in rows.shapes:
-            continue
-        units.await_arrival(slot)
-        unit = units.units[slot]
-        if min(tensor.numel() for tensor in unit.tensors) == 0:
-            rows.shapes[slot] = None
-            continue
-        added.append(_describe(rows, unit, units))
-        rows.shapes[slot] = _shape_of(unit, len(rows.table) + len(added) - 1)
-    if added:
-        new = torch.tensor(added, dtype=torch.int64).to(device, non_blocking=True)
-        rows.table = torch.cat([rows.table, new]) if len(rows.table) else new
+    """Return the table's rows, with those of these slots among them and of none that is gone."""
+    known = units.plan
+    rows = known if isinstance(known, UnitRows) else UnitRows(torch.empty(0, UNIT_FIELDS, dtype=torch.int64).to(device))
+    units.plan = None  # an error on the way leaves nothing half done
+    gone: list[int] = []
+    if rows.generation != units.generation:
+        gone = [slot for slot, row in rows.by_slot.items() if units.units.get(slot) is not row.unit]
+        rows.free += [rows.by_slot.pop(slot).shape.row for slot in gone]
+        rows.generation = units.generation
+    new = [slot for slot in slots if slot not in rows.by_slot and all(t.numel() for t in units.units[slot].tensors)]
+    if new:
+        _add_rows(rows, units, new)
+    if new or gone:
+        rows.is_aligned = all(row.is_aligned for row in rows.by_slot.values())
+        rows.max_experts = max((row.unit.gate.num_experts for row in rows.by_slot.values() if row.unit.gate), default=1)
     units.plan = rows
     return rows
+
+
+def _add_rows(rows: UnitRows, units: UnitTable, slots: list[int]) -> None:
+    """Describe the units of these slots, each once it has arrived, in rows that are free or new."""
+    missing, size = len(slots) - len(rows.free), len(rows.table)
+    if missing > 0:
+        rows.table = torch.cat([rows.table, rows.table.new_empty(missing, UNIT_FIELDS)])
+        rows.free += range(size, size + missing)
+    added = []
+    for slot in slots:
+        units.await_arrival(slot)
+        rows.by_slot[slot] = row = _describe(units.units[slot], units, rows.free.pop(0))
+        added.append(row)
+    rows.dtype = _common_dtype([row.unit for row in rows.by_slot.values()])
+    places, numbers = torch.tensor([row.shape.row for row in added]), torch.tensor([row.numbers for row in added])
+    device = rows.table.device
+    # A new table: a launch under way reads its own, and no inference mode forbids the write.
+    rows.table = rows.table.index_copy(0, places.to(device, non_blocking=True), numbers.to(device, non_blocking=True))
+
+
+def _common_dtype(units: list[DeltaUnit]) -> torch.dtype:
+    dtypes = {factor.dtype for unit in units for factor in (unit.a, unit.b) if factor is not None}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise KernelError(f"factors of {dtypes}: one dtype of at most 32 bits per Linear")
+    return dtypes.pop()
 
 
 def _shape_of(unit: DeltaUnit, row: int) -> Shape:
@@ -134,13 +170,8 @@ def _in_blocks(count: int) -> int:
     return -(-count // TILE_COLUMNS) * TILE_COLUMNS
 
 
-def _describe(rows: UnitRows, unit: DeltaUnit, units: UnitTable) -> list[int]:
-    """Return a unit's row; the order is that of `triton_records`."""
-    dtypes = {factor.dtype for factor in (unit.a, unit.b) if factor is not None}
-    if not rows.held:
-        rows.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    if dtypes != {rows.dtype} or rows.dtype not in DTYPES:
-        raise KernelError(f"factors of {dtypes} beside {rows.dtype}: one dtype of at most 32 bits per Linear")
+def _describe(unit: DeltaUnit, units: UnitTable, row: int) -> UnitRow:
+    """Describe a unit in a row; the order of its numbers is that of `triton_records`."""
     starts = None
     if unit.outputs is not None:
         edges = torch.arange(0, units.out_features + BLOCK_O, BLOCK_O, dtype=torch.int32, device=unit.device)
@@ -149,26 +180,19 @@ def _describe(rows: UnitRows, unit: DeltaUnit, units: UnitTable) -> list[int]:
     num_outputs = unit.rank if unit.b is None else unit.b.shape[1]
     router = None if unit.gate is None else unit.gate.router
     num_experts, top_k = (0, 0) if unit.gate is None else (unit.gate.num_experts, unit.gate.top_k)
-    rows.max_experts = max(rows.max_experts, num_experts)
-    addresses = [_address(rows, t) for t in (unit.a, unit.b, unit.inputs, unit.outputs, starts, router)]
-    rows.is_aligned &= all(n % 8 == 0 for n in (units.in_features, num_inputs, num_outputs)) and not any(
-        address % 16 for address in addresses
-    )
+    given = [
+        None if one is None else one.contiguous() for one in (unit.a, unit.b, unit.inputs, unit.outputs, starts, router)
+    ]
+    addresses = [0 if one is None else one.data_ptr() for one in given]
+    is_aligned = all(n % 8 == 0 for n in (units.in_features, num_inputs, num_outputs))
     scaling = int.from_bytes(struct.pack("<f", unit.scaling), "little", signed=True)
-    shape = _shape_of(unit, 0)
-    return [
+    shape = _shape_of(unit, row)
+    numbers = [
         *addresses, unit.rank, num_inputs, num_outputs, num_experts, top_k, scaling,
         shape.num_products, shape.num_products + shape.num_logits, shape.width,
     ]  # fmt: skip
-
-
-def _address(rows: UnitRows, tensor: Tensor | None) -> int:
-    """Return where a tensor lies, 0 for none, and keep alive what the unit itself does not."""
-    if tensor is None:
-        return 0
-    contiguous = tensor.contiguous()
-    rows.held.append(contiguous)
-    return contiguous.data_ptr()
+    held = tuple(one for one in given if one is not None)
+    return UnitRow(unit, shape, numbers, held, is_aligned and not any(address % 16 for address in addresses))
 
 
 def _make_layout(segments: tuple[Segment, ...], places: Places, device: torch.device) -> Layout:

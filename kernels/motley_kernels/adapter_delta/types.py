@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from motley_kernels.errors import ShapeError
+from motley_kernels.errors import DeviceError, ShapeError
 
 RUN_TOKENS = 8
 """New tokens of one sequence from which on they are taken together; see `Segment.is_run`."""
@@ -128,13 +128,15 @@ class DeltaUnit:
 class UnitTable:
     """The units bound at one Linear, by slot.
 
-    `plan` belongs to the implementation: what it derived for the batch it saw last.
+    `plan` belongs to the implementation: what it derived for the batch it saw last. It outlives its generation, so that
+    what was derived of other units can be kept; an implementation reads no more of it than that.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         self.in_features = in_features
         self.out_features = out_features
         self.units: dict[int, DeltaUnit] = {}
+        self.device: torch.device | None = None  # where the units are; looked up on every step, so kept
         self.plan: object | None = None
         self.generation = 0  # grows with every bind and unbind: what was derived from an older one is stale
         self._arrivals: dict[int, Callable[[], None]] = {}
@@ -143,7 +145,8 @@ class UnitTable:
         """Attach a unit under a slot.
 
         Semantics: `arrival` is called once, before the unit's first use, where its bytes may still be on their way.
-        Raises: ShapeError if the unit's sides are not this Linear's; ValueError if the slot is taken.
+        Raises: ShapeError if the unit's sides are not this Linear's; DeviceError if it lies on another device than the
+        units here; ValueError if the slot is taken.
         """
         reads = self.in_features if unit.inputs is not None or unit.a is None else unit.a.shape[1]
         writes = self.out_features if unit.outputs is not None or unit.b is None else unit.b.shape[1]
@@ -155,6 +158,10 @@ class UnitTable:
             )
         if slot in self.units:
             raise ValueError(f"slot {slot} is taken")
+        device = unit.device
+        if self.units and device != self.device:
+            raise DeviceError(f"the unit is on {device}, the units here on {self.device}")
+        self.device = device
         self.units[slot] = unit
         if arrival is not None:
             self._arrivals[slot] = arrival
@@ -165,7 +172,6 @@ class UnitTable:
         if self.units.pop(slot, None) is None:
             return
         self._arrivals.pop(slot, None)
-        self.plan = None
         self.generation += 1
 
     def await_arrival(self, slot: int) -> None:

@@ -1,22 +1,21 @@
 """Paged attention by Triton kernels: the path on CUDA.
 
-Owns which kernels a layer launches, with which tiles and constants; knows nothing of the device beyond that. A launch
-is a value, so that a test can compile every one of them where there is no GPU. Importing this module needs triton.
-Dimension letters: T tokens, H heads, K key-value heads, G = H / K, D head dim. The engine thread runs it.
+Owns which kernels a layer launches, with which tiles and constants; knows nothing of the device beyond that. Importing
+this module needs triton. Dimension letters: T tokens, H heads, K key-value heads, G = H / K, D head dim. The engine
+thread runs it.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from motley_kernels.errors import DeviceError, KernelError, ShapeError
+from motley_kernels.launch import Launch
 from motley_kernels.paged_attention import triton_kernels
 from motley_kernels.paged_attention.layouts import Tiles, TileShape
 from motley_kernels.paged_attention.tiles import tiles_of
@@ -29,26 +28,7 @@ FEW_ROWS = 16
 NO_WINDOW = 2**31 - 1
 IS_INTERPRETED = not isinstance(triton_kernels.attend, triton.JITFunction)
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Launch:
-    """One kernel launch: what is passed at run time, and what the kernel is compiled for."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float]
-    constants: dict[str, int | bool]
-    num_warps: int = 4
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Return how it is compiled; fusion of products and sums is said, as triton's default is about to change."""
-        return {"num_warps": self.num_warps, "num_stages": 2, "enable_fp_fusion": True}
-
-    def run(self) -> None:
-        """Launch on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+NUM_STAGES = 2
 
 
 def supports(q: Tensor, kv: LayerKV) -> bool:
@@ -140,6 +120,7 @@ def _store_launch(out: Tensor, k: Tensor, v: Tensor, kv: LayerKV, batch: PagedBa
             "block_heads": triton.next_power_of_2(num_kv_heads),
             "block_dim": triton.next_power_of_2(head_dim),
         },
+        num_stages=NUM_STAGES,
     )
 
 
@@ -188,6 +169,7 @@ def _attend_launches(
             "block_keys": _block_keys(q.dtype, block_dim),
             "block_dim": block_dim,
         },
+        num_stages=NUM_STAGES,
     )
     if not tiles.num_partials:
         return [attend]
@@ -196,6 +178,7 @@ def _attend_launches(
         grid=(len(tiles.joins), num_kv_heads, block_rows),
         arguments={"out_ptr": out, "partial_ptr": partial, "summary_ptr": summary, "joins_ptr": tiles.joins},
         constants={**heads, "block_rows": block_rows, "block_dim": block_dim},
+        num_stages=NUM_STAGES,
         num_warps=1,
     )
     return [attend, join]

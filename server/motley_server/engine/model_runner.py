@@ -11,6 +11,7 @@ from collections.abc import Sequence as ListLike
 
 from motley_bases.base import Base
 from motley_bases.kv_cache import KVCache, bytes_per_block
+from motley_kernels.adapter_delta import warm_up
 from torch import Tensor
 
 from motley_server.engine.input_batch import DeltaBatchCache, InputBatchBuilder
@@ -49,7 +50,8 @@ class ModelRunner:
         return list(logits[: sum(batch.logit_counts)].split(batch.logit_counts))
 
     def warm_up(self) -> None:
-        """Run a prompt and a decoding step through scratch blocks, so that the first request pays for no first call."""
+        """Run a prompt, a decoding step and a delta on scratch, so that the first request pays for no first call."""
+        warm_up(self._base.device, self._base.dtype)
         num_tokens = min(8, self.num_blocks * self._kv.block_size)
         request = GenerateRequest("warm-up", "", (0,) * num_tokens, SamplingParams(max_new_tokens=1))
         sequence = Sequence(request, 0, b"")
