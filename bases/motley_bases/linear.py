@@ -58,7 +58,7 @@ class AdapterLinear(nn.Module):
         y: Tensor = base(x)
         batch = self.binding.sampled if self.sees_sampled_rows else self.binding.tokens
         if batch is not None and self.table.units:
-            add_delta(y.view(-1, self.table.out_features), x.reshape(-1, self.table.in_features), self.table, batch)
+            add_delta(y, x, self.table, batch)
         return y
 
 

@@ -40,26 +40,27 @@ def add_delta(
     `DeltaUnit`), for the members that have a unit here; a token in no segment, or with no unit here, keeps its bits and
     costs nothing. Products and sums are in float32 whatever the types given (float64 by the reference, where y is), and
     `y` is rounded once. A token's bits do not depend on other tokens.
-    Shapes: x [T, I], y [T, O], any float dtypes.
+    Shapes: x [..., I], y [..., O], any float dtypes, with T rows each; y is contiguous where it has more dimensions.
     Effects: writes only `y`, and scratch in `units.plan` and `batch.layouts`.
     Raises: ShapeError if T, I or O disagree with `batch` or `units`; DeviceError if tensors live on two devices.
     Source: Punica SGMV, arXiv:2310.18547; reference.py is the definition.
     """
     if not batch.segments or not units.units:
         return
-    _check_output(y, units, batch)
-    if x.shape != (batch.num_tokens, units.in_features):
-        raise ShapeError(f"x is {tuple(x.shape)}, expected ({batch.num_tokens}, {units.in_features})")
+    _check_rows("y", y, units.out_features, batch)
+    _check_rows("x", x, units.in_features, batch)
     _check_device(y, x, units)
     chosen = _choose(implementation, y)
+    if chosen == "grouped":
+        grouped.add_delta(y, x, units, batch)
+        return
+    y, x = y.view(-1, units.out_features), x.reshape(-1, units.in_features)
     if chosen == "reference":
         reference.add_delta(y, x, units, batch)
-    elif chosen == "triton":
+    else:
         from motley_kernels.adapter_delta import triton_impl  # only here, as a machine without a GPU needs no triton
 
         triton_impl.add_delta(y, x, units, batch)
-    else:
-        grouped.add_delta(y, x, units, batch)
 
 
 def add_embedding_delta(
@@ -82,7 +83,7 @@ def add_embedding_delta(
     """
     if not batch.segments or not units.units:
         return
-    _check_output(y, units, batch)
+    _check_rows("y", y, units.out_features, batch)
     if input_ids.shape != (batch.num_tokens,):
         raise ShapeError(f"input_ids are {tuple(input_ids.shape)}, expected ({batch.num_tokens},)")
     _check_device(y, input_ids, units)
@@ -117,9 +118,9 @@ def _choose(implementation: Implementation, y: Tensor) -> Implementation:
     return "triton" if y.is_cuda else "grouped"
 
 
-def _check_output(y: Tensor, units: UnitTable, batch: DeltaBatch) -> None:
-    if y.shape != (batch.num_tokens, units.out_features):
-        raise ShapeError(f"y is {tuple(y.shape)}, expected ({batch.num_tokens}, {units.out_features})")
+def _check_rows(name: str, rows: Tensor, width: int, batch: DeltaBatch) -> None:
+    if rows.shape[-1] != width or rows.numel() != batch.num_tokens * width:
+        raise ShapeError(f"{name} is {tuple(rows.shape)}, expected ({batch.num_tokens}, {width})")
 
 
 def _check_device(y: Tensor, given: Tensor, units: UnitTable) -> None:

@@ -40,8 +40,10 @@ def add_delta(y: Tensor, x: Tensor, units: UnitTable, batch: DeltaBatch) -> None
         units.plan = plan = _make_plan(units, batch, plan.found if isinstance(plan, Plan) else {})
     if plan.singles is not None:
         add_singles(y, x, plan.singles)
-    for run in plan.runs:
-        add_run(y, x, run)
+    if plan.runs:
+        y, x = y.view(-1, units.out_features), x.reshape(-1, units.in_features)
+        for run in plan.runs:
+            add_run(y, x, run)
 
 
 def add_embedding_delta(y: Tensor, input_ids: Tensor, units: UnitTable, batch: DeltaBatch, output_scale: float) -> None:

@@ -63,11 +63,12 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Singles:
-    """The single tokens of a batch at one Linear; see `singles_kernel.add_tokens`.
+    """The single tokens of a batch at one Linear, which has `num_rows` rows in all; see `singles_kernel`.
 
     `memory` owns what `weights` and `channels` are views of.
     """
 
+    num_rows: int
     pairs: Pairs
     units: Integers
     scales: Floats
@@ -107,6 +108,7 @@ def make_singles(batch: DeltaBatch, members: Sequence[Sequence[Member]]) -> Sing
     memory = found[0].unit.tensors[0].untyped_storage()
     floats = torch.empty(0, dtype=torch.float32).set_(memory, 0, (memory.nbytes() // 4,), (1,))
     return Singles(
+        num_rows=batch.num_tokens,
         pairs=pairs,
         units=np.array([one.row for one in found], dtype=np.int64),
         scales=np.array([member.scale for member in flat], dtype=np.float32),
@@ -117,14 +119,14 @@ def make_singles(batch: DeltaBatch, members: Sequence[Sequence[Member]]) -> Sing
 
 
 def add_singles(y: Tensor, x: Tensor, singles: Singles) -> None:
-    """Add the deltas of the single tokens to `y`, in place, with one rounding."""
+    """Add the deltas of the single tokens to `y`, in place, with one rounding; any leading dimensions."""
     compiled = COMPILED.get(y.dtype)
     if compiled is None or x.dtype != y.dtype or not y.is_contiguous():
         _add_other(y, x, singles)
         return
     x, pairs = x.contiguous(), singles.pairs
     compiled(
-        y.data_ptr(), x.data_ptr(), *x.shape, y.shape[1],
+        y.data_ptr(), x.data_ptr(), singles.num_rows, x.shape[-1], y.shape[-1],
         pairs.tokens, pairs.starts, pairs.members,
         singles.units, singles.scales, singles.weights, singles.channels,
     )  # fmt: skip
@@ -132,6 +134,7 @@ def add_singles(y: Tensor, x: Tensor, singles: Singles) -> None:
 
 def _add_other(y: Tensor, x: Tensor, singles: Singles) -> None:
     """Add the deltas to an output that is not compiled for, by way of float32."""
+    y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     delta = torch.zeros(y.shape, dtype=torch.float32)
     add_singles(delta, x.to(torch.float32), singles)
     tokens = torch.from_numpy(singles.pairs.tokens)
