@@ -144,3 +144,22 @@ def test_the_measured_ratios_are_those_of_the_result_file() -> None:
         for peer, name in zip(peers, names, strict=True)
     ]
     assert [row[1:] for row in rows] == expected
+
+
+def test_what_a_step_costs_is_that_of_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "decode_step.json").read_text())
+    rows = found["settings"]
+    plain, mixed = rows["16 LoRA, 16 requests"], rows["16 of mixed kinds, 16 requests"]
+    said = re.search(
+        r"take ([\d.]+) ms longer .* takes ([\d.]+) ms; .* take ([\d.]+) ms .*\n.* is ([\d.]+) ms .* cost ([\d.]+) times",
+        (root / "README.md").read_text(),
+    )
+    assert said is not None
+    assert said.groups() == (
+        f"{plain['growth_ms']:.1f}",
+        f"{rows['base alone, 16 requests']['step_ms']:.1f}",
+        f"{plain['adapter_mb'] / found['read_bandwidth_gb_per_s']:.1f}",
+        f"{plain['bound_ms']:.1f}",
+        f"{mixed['growth_per_byte_over_lora']:.2f}",
+    )
