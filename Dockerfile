@@ -18,7 +18,10 @@ FROM python:${PYTHON_VERSION}-slim
 LABEL org.opencontainers.image.title="motley" \
       org.opencontainers.image.description="One base language model, every request under its own LoRA" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN groupadd --gid 10001 motley \
+# numba takes torch's OpenMP threads where it finds a libgomp, and starts threads of its own where it does not.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 motley \
     && useradd --uid 10001 --gid motley --no-create-home --home-dir /var/lib/motley --shell /usr/sbin/nologin motley \
     && install --directory --owner motley --group motley /var/lib/motley
 COPY --from=build /opt/motley /opt/motley

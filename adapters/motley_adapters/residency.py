@@ -27,7 +27,7 @@ from motley_adapters.loading import Arrival, Loaded, LoadFailed, LoadJob, Measur
 log = logging.getLogger(__name__)
 
 MAX_LOADS = 8  # on their way at once: what becomes urgent waits behind these at most
-POISON = 0xFF  # every byte of it makes a NaN of any float, and an index out of range
+POISON = 0xFF  # every byte of it makes a NaN of any float: whoever reads what has left says so
 
 
 class Sites(Protocol):

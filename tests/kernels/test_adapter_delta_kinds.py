@@ -180,3 +180,9 @@ def test_float64_takes_every_kind(implementation: Path, num_tokens: int) -> None
     x, y = problem.x.double(), problem.y.double()
     add_delta(y, x, problem.units, problem.batch)
     assert_close(y.float(), define(problem.units, problem.batch, problem.x, problem.y), torch.float32)
+
+
+def test_an_expert_that_was_not_chosen_adds_nothing_even_if_infinite(implementation: Path, num_tokens: int) -> None:
+    gate = Gate(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 1)
+    unit = DeltaUnit(torch.tensor([[3e38, 0.0], [1.0, 0.0]]), torch.ones(2, 1), 1.0, gate=gate)
+    assert delta(implementation, num_tokens, [10.0, 0.0], 1, unit).tolist() == [10.0]

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import motley_kernels
+import numpy as np
 import pytest
 import torch
 from delta_problems import apply, define, draw_problem, pooled, table_of
 from motley_kernels.adapter_delta import DeltaBatch, DeltaUnit, UnitTable, add_delta
-from motley_kernels.adapter_delta.types import Gate
+from motley_kernels.adapter_delta.types import Gate, Segment
+from motley_kernels.errors import ShapeError
 from motley_kernels.testing import assert_close, draw_inputs, draw_unit
 from torch import Generator, Tensor
 
@@ -96,21 +98,93 @@ def test_unequal_work_is_dealt_to_threads_without_a_change_of_bits(num_threads: 
         torch.set_num_threads(before)
 
 
-def test_where_nothing_can_be_written_it_compiles_all_the_same(tmp_path: Path) -> None:
-    package = tmp_path / "motley_kernels"
+def copy_package(target: Path) -> None:
+    """Copy the kernels, so that what is compiled of them lies beside the copy."""
     source = Path(motley_kernels.__path__[0])
     for file in source.rglob("*.py"):
-        target = package / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
+        copied = target / "motley_kernels" / file.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(file.read_bytes())
+
+
+def warm_up_apart(place: Path, **variables: str) -> str:
+    """Warm up in a process of its own that sees the copy in `place`, and return what it logged and printed."""
+    program = """
+import logging, torch
+logging.basicConfig()
+torch.set_num_threads(1)
+from motley_kernels.adapter_delta import warm_up
+warm_up(torch.device("cpu"), torch.bfloat16)
+import numba
+print("threads", torch.get_num_threads(), numba.get_num_threads())
+"""
+    environ = {**os.environ, "PYTHONPATH": str(place), **variables}
+    environ.pop("XDG_CACHE_HOME", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, check=True, timeout=120, cwd=place, capture_output=True, text=True
+    )
+    return done.stdout + done.stderr
+
+
+def test_where_nothing_can_be_written_it_compiles_all_the_same(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    package = tmp_path / "motley_kernels"
     # A file in the place of a folder: not even the superuser writes below it.
     for folder in [package, *package.iterdir()]:
         if folder.is_dir():
             (folder / "__pycache__").touch()
     (tmp_path / "file").touch()
-    program = (
-        "from motley_kernels.adapter_delta import warm_up; import torch; warm_up(torch.device('cpu'), torch.bfloat16)"
+    assert "WARNING" not in warm_up_apart(tmp_path, HOME=str(tmp_path / "file"))
+
+
+def test_a_damaged_file_of_compiled_code_is_passed_by(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    assert "WARNING" not in warm_up_apart(tmp_path)
+    kept = list(tmp_path.rglob("*.nbi"))
+    assert kept, "what is compiled lies beside the source"
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:20])
+    assert "compiling it anew" in warm_up_apart(tmp_path)
+
+
+def test_threads_stay_as_many_as_torch_was_given(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    assert "threads 1 1" in warm_up_apart(tmp_path, NUMBA_NUM_THREADS="4")
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_channels_that_a_linear_has_not_are_refused(side: str, wrong: int) -> None:
+    channels = torch.tensor([0, wrong], dtype=torch.int32)
+    block = torch.ones(2, 8)
+    unit = (
+        DeltaUnit(None, block, 1.0, inputs=channels)
+        if side == "inputs"
+        else DeltaUnit(block, None, 1.0, outputs=channels)
     )
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path / "file")}
-    environ.pop("XDG_CACHE_HOME", None)
-    subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=120, cwd=tmp_path)
+    with pytest.raises(ShapeError, match="channels"):
+        apply(table_of(unit, sides=(8, 8)), ONE, torch.ones(1, 8), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("token", [-1, 1])
+def test_tokens_that_a_batch_has_not_are_refused(token: int) -> None:
+    units = table_of(draw_unit(2, 8, 8, Generator().manual_seed(0)), sides=(8, 8))
+    batch = DeltaBatch(1, (Segment(((0, 1.0),), torch.tensor([token])),))
+    with pytest.raises(ShapeError, match="tokens"):
+        apply(units, batch, torch.ones(1, 8), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("is_run", [False, True])
+def test_a_segment_without_tokens_adds_nothing(is_run: bool) -> None:
+    units = table_of(draw_unit(2, 8, 8, Generator().manual_seed(0)), sides=(8, 8))
+    batch = DeltaBatch(1, (Segment(((0, 1.0),), torch.tensor([], dtype=torch.int64), is_run),))
+    assert not apply(units, batch, torch.ones(1, 8), torch.zeros(1, 8)).any()
+
+
+def test_two_memories_that_begin_at_one_address_are_two() -> None:
+    numbers = np.ones(64, dtype=np.float32)
+    short, whole = torch.from_numpy(numbers[:8]).view(1, 8), torch.from_numpy(numbers).view(8, 8)[7:]
+    units = table_of(DeltaUnit(short, torch.ones(1, 8), 1.0), DeltaUnit(short, whole, 1.0), sides=(8, 8))
+    batch = DeltaBatch.from_sets([((1, 1.0),)])
+    x, y = torch.ones(1, 8), torch.zeros(1, 8)
+    assert_close(apply(units, batch, x, y), define(units, batch, x, y), torch.float32)

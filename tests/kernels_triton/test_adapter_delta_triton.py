@@ -141,6 +141,14 @@ def test_equal_logits_choose_the_lower_expert() -> None:
         assert chosen == [set([1, 2, 4, 0, 3, 5][:top_k]), set([5, 0, 3, 1, 2, 4][:top_k])]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
+def test_an_expert_that_was_not_chosen_adds_nothing_even_if_infinite() -> None:
+    gate = Gate(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 1)
+    unit = DeltaUnit(torch.tensor([[3e38, 0.0], [1.0, 0.0]]), torch.ones(2, 1), 1.0, gate=gate)
+    out = run(table_of(unit, sides=(2, 1)), [(((0, 1.0),), 1)], torch.tensor([[10.0, 0.0]]), torch.zeros(1, 1))
+    assert out.tolist() == [[10.0]]
+
+
 def test_logits_are_not_rounded_to_the_activations_dtype() -> None:
     router = torch.tensor([[1.0], [1.0 + 2.0**-12]])  # equal in half precision
     unit = DeltaUnit(torch.ones(2, 1).half(), torch.eye(2).half(), 1.0, gate=Gate(router, 1))

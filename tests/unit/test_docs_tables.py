@@ -153,7 +153,7 @@ def test_what_a_step_costs_is_that_of_the_result_file() -> None:
     plain, mixed = rows["16 LoRA, 16 requests"], rows["16 of mixed kinds, 16 requests"]
     said = re.search(
         r"take ([\d.]+) ms longer .* takes ([\d.]+) ms; .* take ([\d.]+) ms .*\n"
-        r".* is ([\d.]+) ms .* cost ([\d.]+) times",
+        r".* is ([\d.]+) ms .* mixed cost ([\d.]+) times",
         (root / "README.md").read_text(),
     )
     assert said is not None

@@ -101,12 +101,13 @@ def add_embedding_delta(
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Compile what the first token under an adapter would otherwise wait for.
 
-    Semantics: seconds where nothing compiled was kept on disk by an earlier process, a moment where it was.
+    Semantics: takes seconds where no earlier process kept anything compiled on disk, a moment where one did; on the
+    thread that will serve. Kernels of a GPU are compiled at their first use.
     """
-    units = UnitTable(8, 8)
-    units.bind(0, DeltaUnit(torch.zeros(1, 8, device=device), torch.zeros(1, 8, device=device), 1.0))
-    row = torch.zeros(1, 8, device=device, dtype=dtype)
-    add_delta(row, row.clone(), units, DeltaBatch.from_sequences([(((0, 1.0),), 1)], device))
+    if device.type == "cpu":
+        from motley_kernels.adapter_delta import singles
+
+        singles.warm_up(dtype if dtype in singles.COMPILED else torch.float32)
 
 
 def _choose(implementation: Implementation, y: Tensor) -> Implementation:

@@ -9,14 +9,18 @@ batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from motley_kernels.adapter_delta.places import Found, Member, find_unit
 from motley_kernels.adapter_delta.reference import embedding_factors
 from motley_kernels.adapter_delta.runs import Run, RunRows, add_run, make_member, make_rows
-from motley_kernels.adapter_delta.singles import Found, Member, Singles, add_singles, find_unit, make_singles
 from motley_kernels.adapter_delta.types import DeltaBatch, Segment, UnitTable
+
+if TYPE_CHECKING:
+    from motley_kernels.adapter_delta.singles import Singles
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,7 +43,7 @@ def add_delta(y: Tensor, x: Tensor, units: UnitTable, batch: DeltaBatch) -> None
     if not isinstance(plan, Plan) or plan.batch is not batch or plan.generation != units.generation:
         units.plan = plan = _make_plan(units, batch, plan.found if isinstance(plan, Plan) else {})
     if plan.singles is not None:
-        add_singles(y, x, plan.singles)
+        plan.singles.add_to(y, x)
     if plan.runs:
         y, x = y.view(-1, units.out_features), x.reshape(-1, units.in_features)
         for run in plan.runs:
@@ -73,7 +77,7 @@ def _make_plan(units: UnitTable, batch: DeltaBatch, known: dict[int, Found]) -> 
         members = [
             Member(slot, found[slot], weight * found[slot].unit.scaling)
             for slot, weight in segment.members
-            if slot in found
+            if slot in found and len(segment.token_indices)
         ]
         if segment.is_run or segment.token_indices.device.type != "cpu":
             singles.append([])
@@ -82,7 +86,15 @@ def _make_plan(units: UnitTable, batch: DeltaBatch, known: dict[int, Found]) -> 
                 runs.append(Run(rows, tuple([make_member(member.found.unit, member.scale) for member in members])))
         else:
             singles.append(members)
-    return Plan(batch, units.generation, make_singles(batch, singles), tuple(runs), found)
+    return Plan(batch, units.generation, _lay_singles(units, batch, singles), tuple(runs), found)
+
+
+def _lay_singles(units: UnitTable, batch: DeltaBatch, members: list[list[Member]]) -> Singles | None:
+    if not any(members):
+        return None
+    from motley_kernels.adapter_delta.singles import make_singles  # only here, as a GPU needs no numba
+
+    return make_singles(batch, members, (units.in_features, units.out_features))
 
 
 def _find_units(units: UnitTable, batch: DeltaBatch, known: dict[int, Found]) -> dict[int, Found]:
@@ -93,7 +105,7 @@ def _find_units(units: UnitTable, batch: DeltaBatch, known: dict[int, Found]) ->
         one = known.get(slot)
         if one is None or one.unit is not unit:
             units.await_arrival(slot)
-            one = find_unit(unit)
+            one = find_unit(unit, (units.in_features, units.out_features))
         if not one.is_empty:
             found[slot] = one
     return found

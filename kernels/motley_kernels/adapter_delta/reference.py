@@ -37,7 +37,8 @@ def unit_delta(unit: DeltaUnit, x: Tensor, out_features: int) -> Tensor:
     products = read if unit.a is None else unit.a.to(x.dtype) @ read
     if unit.gate is not None:
         shares = expert_shares(unit.gate, x)
-        products = products * shares.repeat_interleave(unit.rank // unit.gate.num_experts)
+        shares = shares.repeat_interleave(unit.rank // unit.gate.num_experts)
+        products = torch.where(shares == 0, 0, products * shares)
     written = unit.scaling * (products if unit.b is None else products @ unit.b.to(x.dtype))
     if unit.outputs is None:
         return written

@@ -104,7 +104,8 @@ def _multiply(x: Tensor, padded: Tensor, member: RunMember) -> Tensor:
         shares = torch.empty_like(logits)
         share_out(logits, member.beyond, shares)
         expert_rank = unit.rank // unit.gate.num_experts
-        products[:, : unit.rank].unflatten(1, (-1, expert_rank)).mul_(shares.unsqueeze(2))
+        by_expert, shares = products[:, : unit.rank].unflatten(1, (-1, expert_rank)), shares.unsqueeze(2)
+        by_expert.mul_(shares).masked_fill_(shares == 0, 0)
     return products[:, : unit.rank] if unit.b is None else _expand(products, unit.b)
 
 

@@ -1,15 +1,16 @@
 """Single tokens on a CPU: what the compiled loop needs to know of a batch at one Linear.
 
 A decode step has one token of each sequence, and each may have units of its own, so there is little to multiply
-together. One compiled loop takes each token through its members where they lie. This module finds units in memory and
-lists who uses them; it knows nothing of runs. The engine thread runs it. Dimension letters as in `singles_kernel`.
+together. One compiled loop takes each token through its members where they lie. This module lists who uses what; it
+knows nothing of runs, and is imported only where a CPU serves, for numba's sake. The engine thread runs it. Dimension
+letters as in `singles_kernel`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -17,39 +18,18 @@ import torch
 from torch import Tensor
 
 from motley_kernels.adapter_delta import singles_kernel
+from motley_kernels.adapter_delta.places import Found, Member, find_unit
 from motley_kernels.adapter_delta.pool import UnitPool, write_units
-from motley_kernels.adapter_delta.singles_kernel import ABSENT
-from motley_kernels.adapter_delta.types import DeltaBatch, DeltaUnit, Segment
+from motley_kernels.adapter_delta.types import DeltaBatch, DeltaUnit
+from motley_kernels.errors import ShapeError
+
+log = logging.getLogger(__name__)
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
-COMPILED = {
-    torch.bfloat16: singles_kernel.add_bfloat16_tokens,
-    torch.float32: singles_kernel.add_float32_tokens,
-}
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Found:
-    """A unit looked at once: its row for the compiled loop, and the address of the memory in which that is true.
-
-    `address` is None where the loop cannot read the unit as it lies; `is_empty` says that it can add nothing.
-    """
-
-    unit: DeltaUnit
-    row: tuple[int, ...]
-    address: int | None
-    is_empty: bool
-    nbytes: int
-
-
-class Member(NamedTuple):
-    """One member of a set at a Linear where it has a unit."""
-
-    slot: int
-    found: Found
-    scale: float  # weight * scaling
+COMPILED = singles_kernel.compile_all(is_cached=True)
+"""The loop by the dtype of inputs and outputs."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,35 +56,72 @@ class Singles:
     channels: np.ndarray[tuple[int, ...], np.dtype[np.int32]]
     memory: Tensor
 
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add the deltas to `y`, in place, with one rounding; any leading dimensions."""
+        compiled = COMPILED.get(y.dtype)
+        if compiled is None or x.dtype != y.dtype or not y.is_contiguous():
+            self._add_to_other(y, x)
+            return
+        x, pairs = x.contiguous(), self.pairs
+        compiled(
+            y.data_ptr(), x.data_ptr(), self.num_rows, x.shape[-1], y.shape[-1],
+            pairs.tokens, pairs.starts, pairs.members, self.units, self.scales, self.weights, self.channels,
+        )  # fmt: skip
 
-def find_unit(unit: DeltaUnit) -> Found:
-    """Look at a unit where it lies."""
-    tensors = unit.tensors
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    is_readable = len(addresses) == 1 and all(
-        tensor.is_contiguous() and tensor.dtype == (torch.float32 if tensor.is_floating_point() else torch.int32)
-        for tensor in tensors
-    )
-    return Found(
-        unit=unit,
-        row=_describe(unit),
-        address=addresses.pop() if is_readable else None,
-        is_empty=not all(tensor.numel() for tensor in tensors),
-        nbytes=unit.nbytes,
-    )
+    def _add_to_other(self, y: Tensor, x: Tensor) -> None:
+        """Add the deltas to an output that is not compiled for, by way of float32."""
+        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        delta = torch.zeros(y.shape, dtype=torch.float32)
+        self.add_to(delta, x.to(torch.float32))
+        tokens = torch.from_numpy(self.pairs.tokens)
+        y.index_copy_(0, tokens, y.index_select(0, tokens).add_(delta.index_select(0, tokens)))
 
 
-def make_singles(batch: DeltaBatch, members: Sequence[Sequence[Member]]) -> Singles | None:
-    """List the single tokens, given each segment's members in the set's order, none of them for a run."""
+def warm_up(dtype: torch.dtype) -> None:
+    """Have the loop compiled, or loaded from where an earlier process kept it, and this thread's count of threads kept.
+
+    Semantics: what was kept and cannot be used, a damaged file or a full disk, is passed by: the loop is compiled anew.
+    """
+    unit = find_unit(DeltaUnit(torch.zeros(1, 8), torch.zeros(1, 8), 1.0), (8, 8))
+    batch = DeltaBatch.from_sets([((0, 1.0),)])
+    singles = make_singles(batch, [[Member(0, unit, 1.0)]], (8, 8))
+    assert singles is not None
+    row = torch.zeros(1, 8, dtype=dtype)
+    try:
+        singles.add_to(row, row.clone())
+    except Exception as error:  # unpickling what is damaged raises nearly anything; what is really wrong raises again
+        log.warning("the compiled loop on disk cannot be used, compiling it anew: %r", error)
+        COMPILED.update(singles_kernel.compile_all(is_cached=False))
+        singles.add_to(row, row.clone())
+    if numba.threading_layer() != "omp":
+        log.warning(
+            "adapters run in a second pool of threads (%s), which is slower: no libgomp was found",
+            numba.threading_layer(),
+        )
+
+
+def _share_threads() -> None:
+    """Take as many threads as torch may on this thread; starting numba's would otherwise raise torch's count."""
+    wanted = torch.get_num_threads()
+    numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
+
+
+def make_singles(batch: DeltaBatch, members: Sequence[Sequence[Member]], sides: tuple[int, int]) -> Singles | None:
+    """List the single tokens, given each segment's members in the set's order, none of them for a run.
+
+    Raises: ShapeError for tokens that the batch has not.
+    """
     flat = [member for of_segment in members for member in of_segment]
     if not flat:
         return None
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # of this thread, as torch's is
+    _share_threads()
     key = ("pairs", tuple([tuple([member.slot for member in of_segment]) for of_segment in members]))
     pairs = batch.layouts.get(key)
     if not isinstance(pairs, Pairs):
-        batch.layouts[key] = pairs = _make_pairs(batch.segments, members)
-    found = _in_one_memory([member.found for member in flat])
+        batch.layouts[key] = pairs = _make_pairs(batch, members)
+    found = _in_one_memory([member.found for member in flat], sides)
     memory = found[0].unit.tensors[0].untyped_storage()
     floats = torch.empty(0, dtype=torch.float32).set_(memory, 0, (memory.nbytes() // 4,), (1,))
     return Singles(
@@ -118,37 +135,14 @@ def make_singles(batch: DeltaBatch, members: Sequence[Sequence[Member]]) -> Sing
     )
 
 
-def add_singles(y: Tensor, x: Tensor, singles: Singles) -> None:
-    """Add the deltas of the single tokens to `y`, in place, with one rounding; any leading dimensions."""
-    compiled = COMPILED.get(y.dtype)
-    if compiled is None or x.dtype != y.dtype or not y.is_contiguous():
-        _add_other(y, x, singles)
-        return
-    x, pairs = x.contiguous(), singles.pairs
-    compiled(
-        y.data_ptr(), x.data_ptr(), singles.num_rows, x.shape[-1], y.shape[-1],
-        pairs.tokens, pairs.starts, pairs.members,
-        singles.units, singles.scales, singles.weights, singles.channels,
-    )  # fmt: skip
-
-
-def _add_other(y: Tensor, x: Tensor, singles: Singles) -> None:
-    """Add the deltas to an output that is not compiled for, by way of float32."""
-    y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    delta = torch.zeros(y.shape, dtype=torch.float32)
-    add_singles(delta, x.to(torch.float32), singles)
-    tokens = torch.from_numpy(singles.pairs.tokens)
-    y.index_copy_(0, tokens, y.index_select(0, tokens).add_(delta.index_select(0, tokens)))
-
-
-def _make_pairs(segments: Sequence[Segment], members: Sequence[Sequence[Member]]) -> Pairs:
+def _make_pairs(batch: DeltaBatch, members: Sequence[Sequence[Member]]) -> Pairs:
     """List tokens so that threads that take equal stretches of them have equally much to read."""
     tokens: list[int] = []
     first_member: list[int] = []
     num_members: list[int] = []
     cost: list[int] = []
     first = 0
-    for segment, of_segment in zip(segments, members, strict=True):
+    for segment, of_segment in zip(batch.segments, members, strict=True):
         if of_segment:
             count = len(segment.token_indices)
             tokens += segment.token_indices.tolist()
@@ -156,6 +150,8 @@ def _make_pairs(segments: Sequence[Segment], members: Sequence[Sequence[Member]]
             num_members += [len(of_segment)] * count
             cost += [sum(member.found.nbytes for member in of_segment)] * count
             first += len(of_segment)
+    if not 0 <= min(tokens) <= max(tokens) < batch.num_tokens:
+        raise ShapeError(f"tokens {min(tokens)} to {max(tokens)} of {batch.num_tokens}")
     order = np.argsort(-np.array(cost), kind="stable")
     if min(cost) != max(cost):
         num_threads = torch.get_num_threads()
@@ -166,7 +162,7 @@ def _make_pairs(segments: Sequence[Segment], members: Sequence[Sequence[Member]]
     return Pairs(np.array(tokens)[order], starts, np.repeat(np.array(first_member)[order], counts) + within)
 
 
-def _in_one_memory(found: Sequence[Found]) -> Sequence[Found]:
+def _in_one_memory(found: Sequence[Found], sides: tuple[int, int]) -> Sequence[Found]:
     """Return units as they are where one memory holds them all, as a pool does; otherwise copies in such a memory."""
     if found[0].address is not None and all(one.address == found[0].address for one in found):
         return found
@@ -177,17 +173,4 @@ def _in_one_memory(found: Sequence[Found]) -> Sequence[Found]:
     )
     placed = pool.place(0, units)
     write_units(placed, units)
-    return [find_unit(unit) for unit in placed]
-
-
-def _describe(unit: DeltaUnit) -> tuple[int, ...]:
-    """Return a unit as `singles_kernel` reads it: where its tensors begin, then its sizes."""
-    gate = unit.gate
-    factors = (unit.a, unit.b, None if gate is None else gate.router, unit.inputs, unit.outputs)
-    begins = (ABSENT if one is None else int(one.storage_offset()) for one in factors)
-    num_inputs = unit.a.shape[1] if unit.a is not None else unit.rank
-    num_outputs = unit.b.shape[1] if unit.b is not None else unit.rank
-    return (
-        *begins, unit.rank, num_inputs, num_outputs,
-        0 if gate is None else gate.num_experts, 0 if gate is None else gate.top_k,
-    )  # fmt: skip
+    return [find_unit(unit, sides) for unit in placed]

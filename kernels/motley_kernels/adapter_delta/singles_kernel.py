@@ -7,17 +7,20 @@ counts, as `singles` lays them out. Dimension letters: N single tokens, M member
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import numba
 import numpy as np
+import torch
 from numba import types
 from numba.extending import intrinsic
+
+from motley_kernels.adapter_delta.places import ABSENT
 
 A, B, ROUTER, INPUTS, OUTPUTS, RANK, NUM_INPUTS, NUM_OUTPUTS, NUM_EXPERTS, TOP_K = range(10)
 """Columns of a unit: where each of its tensors begins, in elements, ABSENT without it; then its sizes."""
 
-ABSENT = -1
 QUIET_NAN = np.uint32(0x7FC0)
 
 _inner = numba.njit(nogil=True, error_model="numpy")
@@ -35,7 +38,19 @@ def _pointer(typing_context, address):
     return types.voidptr(types.uintp), generate
 
 
-def _compile(bits):
+def compile_all(is_cached: bool) -> dict[torch.dtype, Callable[..., None]]:
+    """Return the loop, compiled at its first call, by the dtype of inputs and outputs.
+
+    Semantics: adds the deltas of single tokens to y, in place. Token n of the loop is row tokens[n] of x and y, whose
+    addresses are given; its members are those of the pairs [starts[n], starts[n + 1]). They are summed in this order in
+    float32, and y is rounded once. Nothing is checked: what points outside is read, or written, outside.
+    Shapes: x [T, I], y [T, O] contiguous; tokens [N], starts [N + 1], members [K], units [M, 10] int64; scales [M],
+    weights [W] float32; channels [C] int32.
+    """
+    return {torch.bfloat16: _compile(np.uint16, is_cached), torch.float32: _compile(np.uint32, is_cached)}
+
+
+def _compile(bits, is_cached):
     @numba.njit(parallel=True, nogil=True, error_model="numpy")
     def add_tokens(
         y_address, x_address, num_rows, num_inputs, num_outputs,
@@ -51,20 +66,10 @@ def _compile(bits):
                 _add_member(total, row, units[members[k]], scales[members[k]], weights, channels)
             _add_rounded(y[tokens[n]], total)
 
-    with suppress(RuntimeError):  # where nothing can be written, every process compiles anew
-        add_tokens.enable_caching()
+    if is_cached:
+        with suppress(RuntimeError):  # where nothing can be written, every process compiles anew
+            add_tokens.enable_caching()
     return add_tokens
-
-
-add_bfloat16_tokens = _compile(np.uint16)
-add_float32_tokens = _compile(np.uint32)
-"""Add the deltas of single tokens to y, in place.
-
-Semantics: token n of the loop is row tokens[n] of x and y, whose addresses are given; its members are those of the
-pairs [starts[n], starts[n + 1]). They are summed in this order in float32, and y is rounded once.
-Shapes: x [T, I], y [T, O] contiguous; tokens [N], starts [N + 1], members [K], units [M, 10] int64; scales [M], weights
-[W] float32; channels [C] int32.
-"""
 
 
 @_inner

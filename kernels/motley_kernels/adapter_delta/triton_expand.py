@@ -183,7 +183,8 @@ def _gated(
     is_gated = tl.where(is_rank, num_experts, 0) > 0
     experts = ranks // tl.maximum(tl.load(unit + RANK) // tl.maximum(num_experts, 1), 1)
     shares = hidden[:, None] + tl.load(unit + SHARES) + experts[None, :]
-    return products * tl.load(shares, mask=is_token[:, None] & is_gated[None, :], other=1.0)
+    share = tl.load(shares, mask=is_token[:, None] & is_gated[None, :], other=1.0)
+    return tl.where(share == 0.0, 0.0, products) * share
 
 
 @triton.jit

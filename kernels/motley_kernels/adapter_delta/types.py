@@ -25,7 +25,8 @@ class Gate:
 
     Semantics: z = router x; the top_k largest z stay, the lower index first among equals; the shares are the softmax of
     those alone, and all others are 0. Expert e owns the rank rows [e * R / E, (e + 1) * R / E), whose products are
-    multiplied by its share. Logits and shares are computed in float32 whatever the batch's dtype.
+    multiplied by its share; one that was not chosen adds nothing, be its products infinite. Logits and shares are
+    computed in float32 whatever the batch's dtype.
     Shapes: router [E, I] float32, over all inputs of the Linear.
     """
 
