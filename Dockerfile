@@ -25,7 +25,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && 
     && useradd --uid 10001 --gid motley --no-create-home --home-dir /var/lib/motley --shell /usr/sbin/nologin motley \
     && install --directory --owner motley --group motley /var/lib/motley
 COPY --from=build /opt/motley /opt/motley
-# MOTLEY_INSECURE is not set here: without TLS and keys the server refuses an address that other machines can reach until its operator says so.
+# Neither MOTLEY_AUTH with MOTLEY_TLS_CERT and MOTLEY_TLS_KEY nor MOTLEY_INSECURE is set here: the server refuses to start until its operator chooses.
 ENV PATH=/opt/motley/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=passive \

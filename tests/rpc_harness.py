@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2_grpc
+from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2_grpc, tenant_pb2_grpc
 from motley_bases.spec import BaseSpec, GenerationDefaults, LayerSpec
 from motley_server.adapter_sets import AdapterSets
 from motley_server.admission import Admission, AdmissionLimits
@@ -19,9 +21,15 @@ from motley_server.asked import ChatTurn
 from motley_server.errors import FailedPreconditionError
 from motley_server.facts import ServerFacts
 from motley_server.metrics import Metrics
+from motley_server.quotas import Quotas
 from motley_server.registry.catalog import Catalog
-from motley_server.rpc.identity import identify_local
+from motley_server.registry.database import Database
+from motley_server.registry.keys import Keys
+from motley_server.registry.tenants import Tenants
+from motley_server.rpc.identity import KeyIdentity, TenantQuotas
 from motley_server.rpc.server import Backend, RpcServer, RpcSettings
+from motley_server.rpc.tenants import TenantRegistry
+from motley_server.tls import TlsFiles
 from scripted_engine import ScriptedEngine
 
 VOCABULARY = 128
@@ -144,6 +152,7 @@ class Shell:
     leases: LeaseBook
     metrics: Metrics
     admission: Admission
+    registry: TenantRegistry
     rpc: RpcServer
     channel: grpc.aio.Channel
     port: int
@@ -155,6 +164,10 @@ class Shell:
     @property
     def server(self) -> server_pb2_grpc.ServerServiceAsyncStub:
         return server_pb2_grpc.ServerServiceStub(self.channel)
+
+    @property
+    def tenants(self) -> tenant_pb2_grpc.TenantServiceAsyncStub:
+        return tenant_pb2_grpc.TenantServiceStub(self.channel)
 
     def count(self, name: str, **labels: str) -> float:
         """Return a sample of the metrics, 0 if it is not there."""
@@ -169,35 +182,49 @@ async def serving(
     max_prompt_bytes: int = MIB,
     max_message_bytes: int = 16 * MIB,
     reflection: bool = True,
+    auth: bool = False,
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[Shell]:
-    """Serve a scripted engine and connect to it."""
+    """Serve a scripted engine and connect to it; under TLS, callers bring a channel of their own."""
     engine = ScriptedEngine(reader_queue_events=reader_queue_events)
     base, tokenizer, leases, catalog = make_base(), LetterTokenizer(), LeaseBook(), make_catalog()
     metrics = Metrics("1.2.3", base)
     metrics.follow(engine.stats, lambda: leases.nbytes)
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
     sets = AdapterSets(catalog, count_overlaps)
-    admission = Admission(engine, base, tokenizer, sets, leases, limits, metrics)
+    admission = Admission(engine, base, tokenizer, sets, leases, limits, metrics, Quotas(metrics))
     facts = ServerFacts(
         version="1.2.3", base=base, quantization="none", device="cpu", kernel="grouped", adapter_kinds=("lora",),
         context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
         max_waiting=256, adapter_cache_bytes=8192, adapter_arena_bytes=2048,
     )  # fmt: skip
+    folder = TemporaryDirectory()
+    registry = open_registry(Path(folder.name) / "registry.sqlite3")
+    identity = KeyIdentity(registry.database, registry.keys, registry.quotas, demands_key=auth)
     rpc = RpcServer(
-        Backend(engine, admission, catalog, leases, facts, metrics, identify_local),
-        RpcSettings(max_message_bytes, stall_seconds, drain_seconds=5.0, reflection=reflection),
+        Backend(engine, admission, catalog, leases, facts, metrics, registry, identity.identify),
+        RpcSettings(max_message_bytes, stall_seconds, drain_seconds=5.0, reflection=reflection, tls=tls),
     )
     port = await rpc.start("127.0.0.1:0")
     options = [("grpc.max_send_message_length", -1)]
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-            yield Shell(engine, tokenizer, leases, metrics, admission, rpc, channel, port)
+            yield Shell(engine, tokenizer, leases, metrics, admission, registry, rpc, channel, port)
     finally:
         await rpc.stop(0)
         engine.cancelled.extend(request.request_id for request in engine.submitted)
         engine.may_step.set()
         await engine.stop()
         admission.close()
+        registry.database.close()
+        folder.cleanup()
+
+
+def open_registry(path: Path) -> TenantRegistry:
+    """Open a registry in a file."""
+    database = Database.open(f"sqlite:///{path}")
+    tenants = Tenants(database)
+    return TenantRegistry(database, tenants, Keys(database), TenantQuotas(database, tenants))
 
 
 async def eventually(holds: Callable[[], bool]) -> None:

@@ -50,16 +50,16 @@ class ScriptedEngine:
     def is_draining(self) -> bool:
         return self._is_draining
 
-    def submit(self, request: GenerateRequest, on_end: Callable[[], None]) -> RequestEventStream:
+    def submit(self, request: GenerateRequest, on_end: Callable[[int], None]) -> RequestEventStream:
         if self._is_draining:
             raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
         for error in (self.refusal, self.fault):
             if error is not None:
                 raise error
 
-        def end() -> None:
+        def end(num_generated_tokens: int) -> None:
             self.num_ends[request.request_id] += 1
-            on_end()
+            on_end(num_generated_tokens)
 
         stream = RequestEventStream(request.request_id, end, self._reader_queue_events, self.cancelled.append)
         self.submitted.append(request)

@@ -1,8 +1,8 @@
 """Admission: from what a caller asked for to a request in the engine's mailbox, or a typed error that names the field.
 
-Turns prompts into token ids, names into leased digests, and fills in every default. A lease taken here is given back
-exactly once: by the engine's `on_end`, or at once if the engine refused. Knows no protobuf. Runs on the event loop's
-thread.
+Turns prompts into token ids, names into leased digests, fills in every default, and counts what a caller's quota
+limits. A lease and a place taken here are given back exactly once: by the engine's `on_end`, or at once if the request
+never reached it. Knows no protobuf. Runs on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from motley_server.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from motley_server.quotas import Place, Quotas
 from motley_server.sampling import SamplingFacts, check_token_id, fill_sampling
 from motley_server.tokenizer import Tokenizer, TokenizerThread
 
@@ -98,6 +99,7 @@ class Admission:
         leases: AdapterLeases,
         limits: AdmissionLimits,
         observer: RefusalObserver,
+        quotas: Quotas,
     ) -> None:
         self.limits = limits
         self._engine = engine
@@ -107,6 +109,7 @@ class Admission:
         self._adapter_sets = adapter_sets
         self._leases = leases
         self._observer = observer
+        self._quotas = quotas
         self._sampling_facts = SamplingFacts(base.generation, base.vocab_size, limits.default_max_new_tokens)
         self._serial = itertools.count(1)
 
@@ -121,13 +124,15 @@ class Admission:
             if asked.is_constrained:
                 message = "structured output is not built in this version"
                 raise UnimplementedError(message, reason="STRUCTURED_OUTPUT_NOT_BUILT", field="structured_output")
-            ids = await self.tokenize(asked.prompt)
-            self._check_length(len(ids), "prompt", room=1)
-            sampling = fill_sampling(
-                asked.sampling, self._sampling_facts, num_free_tokens=self.limits.context_length - len(ids)
-            )
-            adapters = self._adapter_sets.resolve(asked.adapters, caller)
-            return self._submit(self._request(caller, ids, sampling, adapters))
+            with self._quotas.enter(caller.tenant_id, caller.quota) as place:
+                ids = await self.tokenize(asked.prompt)
+                self._check_length(len(ids), "prompt", room=1)
+                sampling = fill_sampling(
+                    asked.sampling, self._sampling_facts, num_free_tokens=self.limits.context_length - len(ids)
+                )
+                place.charge(len(ids) + sampling.n * sampling.max_new_tokens)
+                adapters = self._adapter_sets.resolve(asked.adapters, caller)
+                return self._submit(self._request(caller, ids, sampling, adapters), place)
 
     async def score(self, asked: AskedScoring, caller: Caller) -> list[Admitted]:
         """Admit the scoring of each continuation, as a request of its own: all of them or none.
@@ -136,27 +141,32 @@ class Admission:
         score does not depend on how a tokenizer would have merged across the border.
         Raises: as `generate`.
         """
-        admitted: list[Admitted] = []
-        try:
+        with self.counting_refusals():
             self._check_open(caller)
             if not 1 <= len(asked.continuations) <= MAX_CONTINUATIONS:
                 message = f"{len(asked.continuations)} continuations; 1 to {MAX_CONTINUATIONS} are allowed"
                 raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="continuations")
-            prompt = await self.tokenize(asked.prompt)
-            endings = [await self._tokenize_continuation(i, text) for i, text in enumerate(asked.continuations)]
-            for index, ending in enumerate(endings):
-                self._check_length(len(prompt) + len(ending), f"continuations[{index}]", room=0)
-            adapters = self._adapter_sets.resolve(asked.adapters, caller)
-            for ending in endings:
-                request = self._request(caller, prompt + ending, SamplingParams(max_new_tokens=0, logprobs=1), adapters)
-                scoring = replace(request, prompt_logprobs=True, num_context_tokens=len(prompt))
-                admitted.append(self._submit(scoring))
-        except MotleyError:
-            self._observer.request_refused()
-            for one in admitted:
-                await one.events.aclose()
-            raise
-        return admitted
+            with self._quotas.enter(caller.tenant_id, caller.quota) as place:
+                prompt = await self.tokenize(asked.prompt)
+                endings = [await self._tokenize_continuation(i, text) for i, text in enumerate(asked.continuations)]
+                for index, ending in enumerate(endings):
+                    self._check_length(len(prompt) + len(ending), f"continuations[{index}]", room=0)
+                place.charge(sum(len(prompt) + len(ending) for ending in endings))
+                adapters = self._adapter_sets.resolve(asked.adapters, caller)
+                sampling = SamplingParams(max_new_tokens=0, logprobs=1)
+                requests = [self._request(caller, prompt + ending, sampling, adapters) for ending in endings]
+                return await self._submit_scorings(requests, len(prompt), place)
+
+    @contextmanager
+    def counting(self, caller: Caller) -> Iterator[None]:
+        """Count what happens in a block as a request that needs no engine.
+
+        Raises: UnavailableError, ResourceExhaustedError.
+        """
+        self.check_open()
+        with self._quotas.admit(caller.tenant_id, caller.quota, num_tokens=0) as place:
+            yield
+            place.use(0)
 
     async def tokenize(self, prompt: Prompt | None) -> tuple[int, ...]:
         """Return the ids of a prompt, special tokens included.
@@ -272,15 +282,37 @@ class Admission:
             sampling=sampling,
             adapters=adapters,
             deadline=caller.deadline,
+            weight=caller.quota.weight,
         )
 
-    def _submit(self, request: GenerateRequest) -> Admitted:
+    async def _submit_scorings(
+        self, requests: Sequence[GenerateRequest], num_context_tokens: int, place: Place
+    ) -> list[Admitted]:
+        admitted: list[Admitted] = []
+        try:
+            for request in requests:
+                scoring = replace(request, prompt_logprobs=True, num_context_tokens=num_context_tokens)
+                admitted.append(self._submit(scoring, place))
+        except BaseException:
+            for one in admitted:
+                await one.events.aclose()
+            raise
+        return admitted
+
+    def _submit(self, request: GenerateRequest, place: Place) -> Admitted:
         with ExitStack() as held:
+            place.join()
+            held.callback(place.leave)
             for adapter in request.adapters:
                 held.callback(self._leases.acquire(adapter.digest).release)
             give_back = held.pop_all()
+
+        def end(num_generated_tokens: int) -> None:
+            place.use(len(request.prompt_token_ids) + num_generated_tokens)
+            give_back.close()
+
         try:
-            return Admitted(request, self._engine.submit(request, give_back.close))
+            return Admitted(request, self._engine.submit(request, end))
         except BaseException:
             give_back.close()
             raise

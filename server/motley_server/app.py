@@ -19,15 +19,22 @@ from typing import TYPE_CHECKING
 
 from motley_server.adapter_sets import AdapterSets
 from motley_server.admission import Admission, AdmissionLimits
+from motley_server.audit import AUDIT_LOGGER
 from motley_server.config import MIB, EngineConfig, ServerConfig
 from motley_server.config_values import Address
 from motley_server.engine.api import EngineFront
 from motley_server.engine.settings import EngineSettings
 from motley_server.facts import ServerFacts
 from motley_server.metrics import HttpEndpoint, Metrics
+from motley_server.quotas import Quotas
 from motley_server.registry.catalog import Catalog
-from motley_server.rpc.identity import LOCAL_TENANT, identify_local
+from motley_server.registry.database import DatabaseError
+from motley_server.registry.names import LOCAL_TENANT
+from motley_server.rpc.identity import KeyIdentity, TenantQuotas
 from motley_server.rpc.server import Backend, RpcServer, RpcSettings
+from motley_server.rpc.tenants import TenantRegistry
+from motley_server.tenancy import Tenancy, first_admin_key, open_tenancy, tell_exposure
+from motley_server.tls import TlsError, TlsFiles, read_tls
 from motley_server.tokenizer import CheckpointTokenizer
 
 if TYPE_CHECKING:
@@ -56,6 +63,7 @@ def prepare_process(environ: MutableMapping[str, str], log_level: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)  # whatever the level of the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ class App:
     engine: EngineFront
     adapters: AdapterCache
     rpc: RpcServer
+    tenancy: Tenancy
     metrics: Metrics
     endpoint: HttpEndpoint | None
     resources: contextlib.AsyncExitStack
@@ -90,6 +99,9 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     import torch
     from motley_adapters.fusion import overlapping_channels
 
+    tls = _read_tls(config)
+    tenancy = _open_tenancy(config)
+    resources.callback(tenancy.database.close)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _single_threaded(config.engine.threads):
         base = _load_base(config, device)
@@ -106,13 +118,16 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     facts = _facts(config, base, engine, version, str(device))
     limits = AdmissionLimits(facts.context_length, config.limits.max_prompt_bytes, config.limits.max_new_tokens)
     sets, tokenizer = AdapterSets(catalog, overlapping_channels), CheckpointTokenizer(base.tokenizer)
-    admission = Admission(engine, base.spec, tokenizer, sets, adapters, limits, metrics)
+    admission = Admission(engine, base.spec, tokenizer, sets, adapters, limits, metrics, Quotas(metrics))
     resources.callback(admission.close)
-    backend = Backend(engine, admission, catalog, adapters, facts, metrics, identify_local)
-    rpc = RpcServer(backend, _rpc_settings(config))
+    quotas = TenantQuotas(tenancy.database, tenancy.tenants)
+    identity = KeyIdentity(tenancy.database, tenancy.keys, quotas, demands_key=config.auth)
+    registry = TenantRegistry(tenancy.database, tenancy.tenants, tenancy.keys, quotas)
+    backend = Backend(engine, admission, catalog, adapters, facts, metrics, registry, identity.identify)
+    rpc = RpcServer(backend, _rpc_settings(config, tls))
     resources.push_async_callback(rpc.stop, STOP_GRACE_SECONDS)
     port = await rpc.start(str(config.listen))
-    return App(config, port, engine, adapters, rpc, metrics, endpoint, resources.pop_all())
+    return App(config, port, engine, adapters, rpc, tenancy, metrics, endpoint, resources.pop_all())
 
 
 async def run(config: ServerConfig) -> int:
@@ -124,11 +139,11 @@ async def run(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.rpc.lifecycle.interrupt)
-    log.info("a caller without a key is tenant %r with every role; there are no keys in this version", LOCAL_TENANT)
-    if not config.listen.is_loopback:
-        log.warning("insecure: anybody who reaches %s is served, without encryption", config.listen)
+    tell_exposure(config)
     if app.endpoint is not None and config.metrics is not None:
         log.info("metrics at http://%s/metrics", Address(config.metrics.host, app.endpoint.port))
+    if config.auth and (key := await first_admin_key(app.tenancy)) is not None:
+        print(f"the first admin's key, shown this once: {key}", flush=True)
     print(f"ready on {Address(config.listen.host, app.port)}", flush=True)
     drained = asyncio.ensure_future(app.rpc.lifecycle.wait_drained())
     died = asyncio.ensure_future(app.engine.wait_ended())
@@ -151,6 +166,24 @@ def _single_threaded(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(wanted)
+
+
+def _read_tls(config: ServerConfig) -> TlsFiles | None:
+    if config.tls.cert is None or config.tls.key is None:
+        return None
+    try:
+        return read_tls(config.tls.cert, config.tls.key)
+    except TlsError as error:
+        raise StartError(str(error)) from error
+
+
+def _open_tenancy(config: ServerConfig) -> Tenancy:
+    try:
+        return open_tenancy(config)
+    except DatabaseError as error:
+        raise StartError(f"{error.reason}: {error}") from error
+    except OSError as error:
+        raise StartError(f"data_dir: {error}") from error
 
 
 def _load_base(config: ServerConfig, device: torch.device) -> Base:
@@ -241,7 +274,7 @@ def _facts(config: ServerConfig, base: Base, engine: EngineFront, version: str, 
         base=base.spec,
         quantization="none",
         device=device,
-        kernel="grouped",
+        kernel="triton" if base.device.type == "cuda" else "grouped",
         adapter_kinds=tuple(KIND_READERS),
         context_length=min(base.spec.context_length, stats.num_total_blocks * stats.block_size),
         max_message_bytes=config.limits.max_message_bytes,
@@ -253,9 +286,11 @@ def _facts(config: ServerConfig, base: Base, engine: EngineFront, version: str, 
     )
 
 
-def _rpc_settings(config: ServerConfig) -> RpcSettings:
+def _rpc_settings(config: ServerConfig, tls: TlsFiles | None) -> RpcSettings:
     limits = config.limits
-    return RpcSettings(limits.max_message_bytes, limits.health_stall_seconds, limits.drain_seconds, config.reflection)
+    return RpcSettings(
+        limits.max_message_bytes, limits.health_stall_seconds, limits.drain_seconds, config.reflection, tls
+    )
 
 
 def _tell(error: BaseError | AdapterError) -> str:

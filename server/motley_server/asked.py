@@ -6,21 +6,26 @@ A field that was not set is None here; nothing was checked but that it could be 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from motley_server.registry.records import Quota
 
 
 class Role(Enum):
     """What a caller may do."""
 
     USER = "user"
+    PUBLISHER = "publisher"
+    WORKER = "worker"
     ADMIN = "admin"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, and until when an answer is worth anything.
+    """Who calls, how much of the server that tenant may use, and until when an answer is worth anything.
 
+    Semantics: `key_id` is empty for a caller without a key.
     Units: `deadline` is in time.monotonic seconds.
     """
 
@@ -28,6 +33,8 @@ class Caller:
     tenant_id: str
     roles: frozenset[Role]
     deadline: float | None = None
+    quota: Quota = field(default_factory=Quota)
+    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,16 @@ def serve(
     metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help='Show /metrics here; "" is nowhere.')] = None,
     data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Keep what the server remembers here.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="float32|bfloat16|auto", help="Compute in this type.")] = None,
+    auth: Annotated[bool | None, typer.Option("--auth/--no-auth", help="Demand a key of every caller.")] = None,
+    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Show this certificate (PEM).")] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Serve this too; repeatable.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show the resolved settings and exit.")] = False,
 ) -> None:
     """Serve one base model, every request under the adapters that it names."""
     given: dict[str, object] = {
         "base": base, "listen": listen, "metrics": metrics, "data_dir": data_dir, "dtype": dtype, "adapters": adapter,
+        "auth": auth, "tls.cert": tls_cert, "tls.key": tls_key,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     try:

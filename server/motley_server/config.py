@@ -24,11 +24,13 @@ from motley_server.config_values import (
     Parser,
     address,
     choice,
+    database_url,
     directory,
     flag,
     integer,
     number,
     optional_address,
+    optional_path,
 )
 from motley_server.registry.names import NAME_RULE, is_name
 
@@ -38,7 +40,7 @@ DEFAULT_METRICS = Address("127.0.0.1", 8471)
 DEFAULT_DATA_DIR = Path("~/.local/share/motley")
 ENVIRONMENT_PREFIX = "MOTLEY_"
 CONFIG_FILE_VARIABLE = "MOTLEY_CONFIG"
-SECTIONS = ("engine", "limits")
+SECTIONS = ("engine", "limits", "tls")
 # The client's own, and what Kubernetes puts into every container beside a Service called `motley`.
 FOREIGN_VARIABLES = re.compile(r"MOTLEY_(SERVER|KEY|CONFIG|PORT|PORT_\d+_.+|SERVICE_(HOST|PORT)(_.+)?)")
 
@@ -79,6 +81,14 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """What the server shows to prove who it is; both files or neither."""
+
+    cert: Path | None = None
+    key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything that can be set about a server."""
 
@@ -87,12 +97,20 @@ class ServerConfig:
     listen: Address = DEFAULT_LISTEN
     metrics: Address | None = DEFAULT_METRICS
     data_dir: Path = DEFAULT_DATA_DIR
+    database: str = ""  # a file in data_dir
+    auth: bool = False
     insecure: bool = False
     reflection: bool = True
     log_level: str = "info"
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     adapters: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def database_url(self) -> str:
+        """Return where tenants and keys are kept."""
+        return self.database or f"sqlite:///{self.data_dir / 'registry.sqlite3'}"
 
 
 def _base(value: object, origin: Origin) -> object:
@@ -105,6 +123,8 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "listen": address,
     "metrics": optional_address,
     "data_dir": directory,
+    "database": database_url,
+    "auth": flag,
     "insecure": flag,
     "reflection": flag,
     "log_level": choice("debug", "info", "warning", "error"),
@@ -123,6 +143,8 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "limits.max_message_bytes": integer(1024, 2**31 - 1),
     "limits.health_stall_seconds": number(0.1, 3600),
     "limits.drain_seconds": number(0, 86400),
+    "tls.cert": optional_path,
+    "tls.key": optional_path,
 })  # fmt: skip
 
 
@@ -155,7 +177,7 @@ def resolve(
 
 def render(config: ServerConfig) -> str:
     """Write a configuration as TOML that resolves to itself."""
-    sections: dict[str, list[str]] = {"": [], "engine": [], "limits": []}
+    sections: dict[str, list[str]] = {"": [], **{section: [] for section in SECTIONS}}
     for key in PARSERS:
         section, _, name = key.rpartition(".")
         holder = getattr(config, section) if section else config
@@ -207,7 +229,8 @@ def _variable(key: str) -> str:
 
 def _from_flags(flags: Mapping[str, object]) -> Iterator[Setting]:
     for key, value in flags.items():
-        name = "adapter" if key == "adapters" else key.replace("_", "-")  # that flag gives one at a time
+        # The flag for adapters gives one at a time.
+        name = "adapter" if key == "adapters" else key.replace("_", "-").replace(".", "-")
         yield key, value, Origin(f"--{name}", is_text=True, directory=Path.cwd())
 
 
@@ -254,30 +277,41 @@ def _split_pair(text: str, origin: Origin) -> tuple[str, str]:
 
 
 def _build(values: Mapping[str, object], adapters: Mapping[str, Path]) -> ServerConfig:
-    nested: dict[str, dict[str, Any]] = {"": {}, "engine": {}, "limits": {}}
+    nested: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in SECTIONS}}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         nested[section][name] = value
     top: dict[str, Any] = nested[""] | {
         "engine": EngineConfig(**nested["engine"]),
         "limits": LimitsConfig(**nested["limits"]),
+        "tls": TlsConfig(**nested["tls"]),
         "adapters": MappingProxyType(dict(adapters)),
     }
     return ServerConfig(**top)
 
 
 def _check(config: ServerConfig) -> ServerConfig:
-    if not config.listen.is_loopback and not config.insecure:
-        raise ConfigError(
-            "listen",
-            f"{config.listen} can be reached from other machines, and this version has neither keys nor TLS; "
-            "listen on 127.0.0.1, or set insecure = true (MOTLEY_INSECURE=true) to let anybody in",
-        )
+    _check_exposure(config)
     if config.limits.max_prompt_bytes > config.limits.max_message_bytes:
         raise ConfigError("limits.max_prompt_bytes", "a prompt larger than limits.max_message_bytes could never arrive")
     if config.engine.token_budget < config.engine.max_running:
         raise ConfigError("engine.token_budget", "a forward pass must have room for a token of all engine.max_running")
     return config
+
+
+def _check_exposure(config: ServerConfig) -> None:
+    if (config.tls.cert is None) is not (config.tls.key is None):
+        missing, given = ("tls.cert", "tls.key") if config.tls.cert is None else ("tls.key", "tls.cert")
+        raise ConfigError(missing, f"not set, though {given} is; a certificate and its key go together")
+    if config.listen.is_loopback or config.insecure or (config.auth and config.tls.cert is not None):
+        return
+    wanted = {"auth = true": config.auth, "tls.cert with tls.key": config.tls.cert is not None}
+    missing = " and ".join(name for name, is_set in wanted.items() if not is_set)
+    raise ConfigError(
+        "listen",
+        f"{config.listen} can be reached from other machines, and that takes {missing}; otherwise listen on 127.0.0.1, "
+        "or set insecure = true (MOTLEY_INSECURE=true) to go without",
+    )
 
 
 def _toml(value: object) -> str:

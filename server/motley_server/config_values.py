@@ -136,6 +136,20 @@ def directory(value: object, origin: Origin) -> object:
         raise ValueError(f"{text}: {error}") from error
 
 
+def optional_path(value: object, origin: Origin) -> object:
+    """Read a path as `directory` does, or nothing for an empty text."""
+    return None if value == "" else directory(value, origin)
+
+
+def database_url(value: object, origin: Origin) -> object:
+    """Read where the registry lies: a URL of SQLite or PostgreSQL, or an empty text for the default."""
+    text = _text(value)
+    if text and not text.startswith(("sqlite:////", "postgresql://")):
+        # The text is not repeated: a URL may hold a password.
+        raise ValueError("neither sqlite:////ABSOLUTE/PATH nor postgresql://...")
+    return text
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a text")

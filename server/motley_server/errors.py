@@ -7,6 +7,10 @@ engine's mailbox.
     MotleyError
     ├── InvalidArgumentError      a field is wrong                          INVALID_ARGUMENT
     ├── NotFoundError             unknown, or not the caller's              NOT_FOUND
+    ├── UnauthenticatedError      no key, or none that counts               UNAUTHENTICATED
+    ├── PermissionDeniedError     a good key of the wrong role              PERMISSION_DENIED
+    ├── AlreadyExistsError        that name or request id is taken          ALREADY_EXISTS
+    ├── AbortedError              changed since the caller looked (etag)    ABORTED
     ├── FailedPreconditionError   right in itself, wrong for this base      FAILED_PRECONDITION
     ├── ResourceExhaustedError    quota, full queue, reader too slow        RESOURCE_EXHAUSTED
     ├── DeadlineExceededError     the caller's deadline has passed          DEADLINE_EXCEEDED
@@ -47,6 +51,22 @@ class InvalidArgumentError(MotleyError):
 
 class NotFoundError(MotleyError):
     """Say that a name means nothing to this caller."""
+
+
+class UnauthenticatedError(MotleyError):
+    """Say that the caller showed no key, or none that counts."""
+
+
+class PermissionDeniedError(MotleyError):
+    """Say which role a call needs that the caller's key has not."""
+
+
+class AlreadyExistsError(MotleyError):
+    """Say that a name is taken, or a request id was used for something else."""
+
+
+class AbortedError(MotleyError):
+    """Say that something changed since the caller looked."""
 
 
 class FailedPreconditionError(MotleyError):

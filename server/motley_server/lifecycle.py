@@ -25,6 +25,11 @@ class Lifecycle:
         self._task: asyncio.Task[DrainReport] | None = None
         self._has_drained = asyncio.Event()
 
+    @property
+    def has_begun(self) -> bool:
+        """Tell whether a drain has begun."""
+        return self._task is not None
+
     def begin_drain(self, timeout_seconds: float | None = None) -> asyncio.Task[DrainReport]:
         """Begin to drain, or return the drain that has begun; its own timeout stands."""
         if self._task is None:

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from motley_server.config_values import Address
 from motley_server.engine.api import EngineStats
 from motley_server.engine.observer import RequestReport, StepReport
+from motley_server.quotas import REASON_OF_QUOTA
 
 OUTCOMES = ("stop", "length", "score", "cancelled", "deadline", "rejected", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -171,6 +172,9 @@ class Metrics(EngineMetrics):
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
+        self._refusals = Counter("motley_quota_refusals", "Refused by quota", ["quota"], registry=self.registry)
+        for quota in REASON_OF_QUOTA:
+            self._refusals.labels(quota)
         Info("motley_build", "What runs", registry=self.registry).info({"version": version})
         Info("motley_base", "What is served", registry=self.registry).info(
             {
@@ -189,6 +193,10 @@ class Metrics(EngineMetrics):
         """Count an RPC."""
         self._rpcs.labels(method, code).inc()
         self._rpc_seconds.labels(method).observe(seconds)
+
+    def quota_exceeded(self, quota: str) -> None:
+        """Count a call that a tenant's quota refused."""
+        self._refusals.labels(quota).inc()
 
     def serve(self, address: Address) -> HttpEndpoint:
         """Open the endpoint.

@@ -316,7 +316,7 @@ def test_the_engine_sleeps_while_all_wait_for_adapters_and_wakes_when_one_arrive
         engine = Engine(lambda wake: EngineCore(base, cache, settings, CountingObserver(), wake), settings)
         engine.start()
         request = harness.request("slow", [20], "a", max_new_tokens=3, stop_token_ids=())
-        stream = engine.submit(request, lambda: None)
+        stream = engine.submit(request, lambda num_generated_tokens: None)
         await asyncio.sleep(0.6)
         num_steps, waiting = len(steps), engine.stats().num_waiting_for_adapters
         assert waiting == 1

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
-from motley.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2, inference_pb2, server_pb2, tenant_pb2, tenant_pb2_grpc
+from motley.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2, inference_pb2, server_pb2, tenant_pb2
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError, CapacityError
 from motley_server import errors
 from motley_server.rpc.status import CODES, code_of, to_status
@@ -158,6 +158,10 @@ METHOD = "/motley.v1.InferenceService/Generate"
 TYPED_ERRORS: list[tuple[errors.MotleyError, Code]] = [
     (errors.InvalidArgumentError("m", reason="R", field="f"), Code.INVALID_ARGUMENT),
     (errors.NotFoundError("m", reason="R", field="f"), Code.NOT_FOUND),
+    (errors.UnauthenticatedError("m", reason="R"), Code.UNAUTHENTICATED),
+    (errors.PermissionDeniedError("m", reason="R"), Code.PERMISSION_DENIED),
+    (errors.AlreadyExistsError("m", reason="R", field="f"), Code.ALREADY_EXISTS),
+    (errors.AbortedError("m", reason="R", field="f"), Code.ABORTED),
     (errors.FailedPreconditionError("m", reason="R", field="f"), Code.FAILED_PRECONDITION),
     (errors.ResourceExhaustedError("m", reason="QUEUE_FULL", retry_after_seconds=1.5), Code.RESOURCE_EXHAUSTED),
     (errors.DeadlineExceededError("m", reason="R"), Code.DEADLINE_EXCEEDED),
@@ -323,9 +327,9 @@ OTHER_METHODS: dict[str, tuple[Call, Code, str, str]] = {
         .read(),
         Code.UNIMPLEMENTED, "NOT_BUILT", "",
     ),
-    "unbuilt tenants": (
-        lambda shell: tenant_pb2_grpc.TenantServiceStub(shell.channel).ListTenants(tenant_pb2.ListTenantsRequest()),
-        Code.UNIMPLEMENTED, "NOT_BUILT", "",
+    "a tenant that is not there": (
+        lambda shell: shell.tenants.GetTenant(tenant_pb2.GetTenantRequest(id="nobody")),
+        Code.NOT_FOUND, "TENANT_NOT_FOUND", "id",
     ),
     "bytes that are no message": (
         lambda shell: shell.channel.unary_unary("/motley.v1.InferenceService/Tokenize")(b"\xff\xff\xff"),

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from motley.v1 import inference_pb2, server_pb2
+from certificates import make_certificates
+from motley.v1 import inference_pb2, server_pb2, tenant_pb2
 from motley_client.channel import credentials_of, options_of
 from motley_client.endpoint import Endpoint
 
@@ -27,8 +28,7 @@ def test_other_machines_are_spoken_to_by_tls_unless_asked_otherwise(address: str
 
 
 def test_a_ca_file_means_tls_even_on_this_machine(tmp_path: Path) -> None:
-    ca_file = tmp_path / "ca.pem"
-    ca_file.write_text("-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n")
+    ca_file = make_certificates(tmp_path).authority
 
     assert credentials_of(Endpoint("127.0.0.1:1", ca_file=ca_file)) is not None
     with pytest.raises(FileNotFoundError):
@@ -60,14 +60,23 @@ def test_a_key_travels_as_a_bearer_and_stays_out_of_the_repr() -> None:
     assert "secret" not in repr(endpoint)
 
 
-def test_only_calls_that_change_nothing_are_tried_again_and_they_exist() -> None:
+def test_what_is_tried_again_changes_nothing_or_has_a_request_id() -> None:
     config = json.loads(str(dict(options_of(Endpoint("localhost:1")))["grpc.service_config"]))
     (method_config,) = config["methodConfig"]
     named = {(entry["service"], entry["method"]) for entry in method_config["name"]}
     services = [
-        service for file in (inference_pb2, server_pb2) for service in file.DESCRIPTOR.services_by_name.values()
+        service
+        for file in (inference_pb2, server_pb2, tenant_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
     ]
+    inputs = {
+        (service.full_name, method.name): method.input_type.fields_by_name
+        for service in services
+        for method in service.methods
+    }
 
-    assert named <= {(service.full_name, method.name) for service in services for method in service.methods}
+    assert named <= inputs.keys()
+    changing = {name for name in named if not name[1].startswith(("Get", "List", "Tokenize", "Detokenize"))}
+    assert all("request_id" in inputs[name] for name in changing)
     assert {method for _, method in named}.isdisjoint({"Generate", "GenerateStream", "Drain"})
     assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

@@ -47,6 +47,22 @@ def test_what_was_said_wins_over_the_file(home: Path) -> None:
     assert (found.address, found.key, found.ca_file) == ("said:2", "said-key", Path("/said.pem"))
 
 
+def test_what_is_said_of_tls_sets_the_opposite_in_the_file_aside(home: Path) -> None:
+    trusting = endpoint(Settings(ca_file="/said.pem"), write(home, "insecure = true"))
+    assert (trusting.ca_file, trusting.insecure) == (Path("/said.pem"), False)
+
+    plain = endpoint(Settings(insecure=True), write(home, 'ca_file = "/filed.pem"'))
+    assert (plain.ca_file, plain.insecure) == (None, True)
+
+    kept = endpoint(Settings(insecure=False), write(home, 'ca_file = "/filed.pem"'))
+    assert (kept.ca_file, kept.insecure) == (Path("/filed.pem"), False)
+
+
+def test_a_file_that_says_both_is_refused(home: Path) -> None:
+    with pytest.raises(SettingsError, match="choose one"):
+        endpoint(Settings(), write(home, 'insecure = true\nca_file = "/filed.pem"'))
+
+
 def test_an_unknown_key_is_refused_and_the_nearest_is_named(home: Path) -> None:
     environ = write(home, 'sever = "x:1"\n')
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -38,3 +39,17 @@ def test_every_exported_name_exists_and_every_error_is_exported() -> None:
     assert all(hasattr(motley_client, name) for name in motley_client.__all__)
     errors = {kind.__name__ for kind in motley_client.MotleyClientError.__subclasses__()}
     assert errors <= set(motley_client.__all__)
+
+
+def test_both_clients_have_the_same_calls_with_the_same_arguments() -> None:
+    blocking, awaiting = (
+        {
+            name: [(one.name, one.kind, one.default) for one in inspect.signature(method).parameters.values()]
+            for name, method in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_") or name == "__init__"
+        }
+        for kind in (motley_client.Client, motley_client.AsyncClient)
+    )
+
+    assert blocking == awaiting
+    assert {"generate", "create_tenant", "revoke_key", "close"} <= blocking.keys()

@@ -77,7 +77,7 @@ class Callers:
     async def outcomes(self) -> list[str]:
         return [await reader for reader in self._readers]
 
-    def _end(self) -> None:
+    def _end(self, num_generated_tokens: int) -> None:
         self.num_ended += 1
 
     async def _read(self, stream: Any) -> str:

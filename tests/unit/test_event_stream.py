@@ -16,9 +16,11 @@ class Recorder:
     def __init__(self) -> None:
         self.cancelled: list[str] = []
         self.num_ended = 0
+        self.num_generated_tokens = 0
 
-    def end(self) -> None:
+    def end(self, num_generated_tokens: int) -> None:
         self.num_ended += 1
+        self.num_generated_tokens = num_generated_tokens
 
 
 def make_stream(max_events: int = 8) -> tuple[RequestEventStream, Recorder]:
@@ -77,6 +79,21 @@ def test_closing_early_cancels_once_and_the_lease_ends_with_the_engine_s_last_ev
         assert recorder.num_ended == 0
         stream.push(RequestEvent("r", error=CancelledRequestError("gone", reason="CANCELLED")))
         assert recorder.num_ended == 1
+
+    asyncio.run(body())
+
+
+def test_whoever_is_told_of_the_end_hears_of_every_token_read_or_not() -> None:
+    async def body() -> None:
+        stream, recorder = make_stream(max_events=3)
+        stream.push(RequestEvent("r", (CandidateDelta(0, "x", (1, 2)), CandidateDelta(1, "y", (3,)))))
+        await anext(stream)
+        for number in range(4):
+            stream.push(token(number))
+        await stream.aclose()
+        stream.push(token(4))
+        stream.push(RequestEvent("r", error=CancelledRequestError("gone", reason="CANCELLED")))
+        assert recorder.num_generated_tokens == 8
 
     asyncio.run(body())
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import threading
 import time
 from collections.abc import Sequence
 
 import pytest
+from admission_door import Door, asking, caller, open_door
 from motley_server.adapter_sets import AdapterSets
-from motley_server.admission import Admission, AdmissionLimits
 from motley_server.asked import (
     AskedAdapter,
     AskedGeneration,
-    AskedSampling,
     AskedScoring,
-    Caller,
     ChatPrompt,
     ChatTurn,
     TextPrompt,
@@ -29,58 +26,7 @@ from motley_server.errors import (
     MotleyError,
     ResourceExhaustedError,
 )
-from rpc_harness import (
-    CONTEXT,
-    EOS,
-    Facts,
-    LeaseBook,
-    LetterTokenizer,
-    count_overlaps,
-    digest_of,
-    make_base,
-    make_catalog,
-)
-from scripted_engine import ScriptedEngine
-
-
-class Refusals:
-    """Count refusals."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def request_refused(self) -> None:
-        self.number += 1
-
-
-@dataclasses.dataclass
-class Door:
-    """An admission with everything around it."""
-
-    engine: ScriptedEngine
-    tokenizer: LetterTokenizer
-    leases: LeaseBook
-    refusals: Refusals
-    admission: Admission
-
-
-def open_door(*, has_template: bool = True) -> Door:
-    engine, leases, refusals = ScriptedEngine(), LeaseBook(), Refusals()
-    limits = AdmissionLimits(CONTEXT, max_prompt_bytes=1000, default_max_new_tokens=8)
-    tokenizer = LetterTokenizer(has_template=has_template)
-    sets = AdapterSets(make_catalog(), count_overlaps)
-    admission = Admission(engine, make_base(), tokenizer, sets, leases, limits, refusals)
-    return Door(engine, tokenizer, leases, refusals, admission)
-
-
-def caller(deadline: float | None = None) -> Caller:
-    return Caller("call", "local", frozenset(), deadline)
-
-
-def asking(
-    *adapters: tuple[str, float | None], text: str = "hi", sampling: AskedSampling | None = None
-) -> AskedGeneration:
-    return AskedGeneration(TextPrompt(text), tuple(AskedAdapter(*one) for one in adapters), sampling or AskedSampling())
+from rpc_harness import CONTEXT, EOS, Facts, LetterTokenizer, count_overlaps, digest_of, make_catalog
 
 
 def test_adapters_are_sorted_by_digest_and_zero_weights_are_absent() -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 ISSUE_FLAGS = {
     "--config", "--base", "--listen", "--metrics", "--data-dir", "--dtype", "--adapter", "--print-config", "--help",
+    "--auth", "--tls-cert", "--tls-key",
 }  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def test_print_config_shows_what_would_be_served(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--dtype", "int4"], "dtype: 'int4' is none of"),
-        (["--listen", "0.0.0.0:1"], "neither keys nor TLS"),
+        (["--listen", "0.0.0.0:1"], "that takes auth = true and tls.cert with tls.key"),
+        (["--auth", "--tls-cert", "/c"], "tls.key: not set, though tls.cert is"),
         (["--adapter", "x"], "not NAME=DIR"),
         (["--config", "/nowhere.toml"], "cannot be read"),
     ],
@@ -59,6 +61,12 @@ def test_a_bad_setting_ends_with_one_line_and_status_2(arguments: list[str], wor
     assert words in err
     assert err.startswith("motley serve: ")
     assert err.count("\n") == 1
+
+
+def test_auth_is_turned_on_and_off_by_flags() -> None:
+    assert "auth = true\n" in run("--auth", "--print-config")[1]
+    assert "auth = false\n" in run("--no-auth", "--print-config", environ={"MOTLEY_AUTH": "true"})[1]
+    assert "auth = true\n" in run("--print-config", environ={"MOTLEY_AUTH": "true"})[1]
 
 
 def test_the_environment_is_read_when_serve_runs_and_not_before() -> None:

@@ -27,9 +27,10 @@ def test_nothing_set_is_the_defaults() -> None:
 
 def test_every_field_has_a_parser_and_the_reverse() -> None:
     config = ServerConfig()
-    fields = {field.name for field in dataclasses.fields(config)} - {"engine", "limits", "adapters"}
+    fields = {field.name for field in dataclasses.fields(config)} - {"engine", "limits", "tls", "adapters"}
     fields |= {f"engine.{field.name}" for field in dataclasses.fields(config.engine)}
     fields |= {f"limits.{field.name}" for field in dataclasses.fields(config.limits)}
+    fields |= {f"tls.{field.name}" for field in dataclasses.fields(config.tls)}
     assert fields == set(PARSERS)
 
 
@@ -82,7 +83,14 @@ BAD_FILES = {
     'listen = "127.0.0.1:70000"': ("listen", "not HOST:PORT"),
     'listen = "::1:80"': ("listen", "brackets"),
     'listen = "0.0.0.0:8470"': ("listen", "insecure"),
-    'listen = "example.org:8470"': ("listen", "insecure"),
+    'listen = "example.org:8470"': ("listen", "that takes auth = true and tls.cert with tls.key"),
+    'listen = "0.0.0.0:1"\nauth = true': ("listen", "that takes tls.cert with tls.key;"),
+    'listen = "0.0.0.0:1"\n[tls]\ncert = "c"\nkey = "k"': ("listen", "that takes auth = true;"),
+    '[tls]\ncert = "c"': ("tls.key", "not set, though tls.cert is"),
+    '[tls]\nkey = "k"': ("tls.cert", "not set, though tls.key is"),
+    "[tls]\ncert = 3": ("tls.cert", "3 is not a text"),
+    'database = "mysql://user:word@host/x"': ("database", "neither sqlite:"),
+    'database = "sqlite:///relative"': ("database", "neither sqlite:"),
     '[engine]\nblock_size = "16"': ("engine.block_size", "'16' is not an integer"),
     "[engine]\nblock_size = 16.0": ("engine.block_size", "16.0 is not an integer"),
     "[engine]\nblock_size = true": ("engine.block_size", "True is not an integer"),
@@ -147,6 +155,31 @@ def test_variables_of_the_client_and_of_kubernetes_are_not_ours() -> None:
         "MOTLEY_SERVICE_PORT_GRPC": "1", "MOTLEY_PORT_8470_TCP_ADDR": "x", "OTHER": "x",
     }  # fmt: skip
     assert resolve(foreign) == resolve({})
+
+
+def test_keys_and_tls_together_open_other_addresses(tmp_path: Path) -> None:
+    text = 'listen = "0.0.0.0:1"\nauth = true\n[tls]\ncert = "tls/server.pem"\nkey = "/etc/server.key"\n'
+    config = resolve({}, file=write(tmp_path, text))
+    assert (config.tls.cert, config.tls.key) == (tmp_path / "tls/server.pem", Path("/etc/server.key"))
+    assert not config.insecure
+
+
+def test_tls_is_taken_back_by_an_empty_text() -> None:
+    environ = {"MOTLEY_TLS_CERT": "/c", "MOTLEY_TLS_KEY": "/k"}
+    assert str(resolve(environ).tls.cert) == "/c"
+    assert resolve(environ, {"tls.cert": "", "tls.key": ""}).tls.cert is None
+
+
+def test_the_registry_is_a_file_in_the_data_directory_unless_named() -> None:
+    assert resolve({}, {"data_dir": "/var/lib/motley"}).database_url == "sqlite:////var/lib/motley/registry.sqlite3"
+    url = "postgresql://motley@db.example/motley"
+    assert resolve({"MOTLEY_DATABASE": url}).database_url == url
+
+
+def test_a_refused_database_is_not_repeated_for_it_may_hold_a_password() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"MOTLEY_DATABASE": "postgres+odd://user:hush@host/x"})
+    assert "hush" not in str(caught.value)
 
 
 def test_insecure_opens_other_addresses() -> None:

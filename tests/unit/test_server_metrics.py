@@ -11,6 +11,7 @@ from motley_server.config_values import Address
 from motley_server.engine.api import EngineStats
 from motley_server.engine.observer import RequestReport, StepReport
 from motley_server.metrics import OUTCOMES, Metrics
+from motley_server.quotas import REASON_OF_QUOTA
 from rpc_harness import make_base
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -95,6 +96,13 @@ def test_loads_and_evictions_of_adapters_are_counted() -> None:
     assert value(metrics, "motley_adapter_load_seconds_sum") == 0.75
     assert value(metrics, "motley_adapter_evictions_total") == 1
     assert value(metrics, "motley_adapter_load_failures_total") == 1
+
+
+def test_refusals_are_counted_by_quota_from_the_start() -> None:
+    metrics = make_metrics()
+    metrics.quota_exceeded("tokens_per_minute")
+    found = {quota: value(metrics, "motley_quota_refusals_total", quota=quota) for quota in REASON_OF_QUOTA}
+    assert found == {"requests_in_flight": 0.0, "requests_per_minute": 0.0, "tokens_per_minute": 1.0}
 
 
 def test_the_engines_state_is_read_at_the_scrape() -> None:

@@ -7,16 +7,21 @@ by itself, on its own thread or loop.
 from __future__ import annotations
 
 import json
+import ssl
 
 import grpc
 
 from motley_client.endpoint import Endpoint
 
-# Calls that change nothing and are cheap to ask again. Generate is not among them: an answer that began must not begin
-# anew behind the caller's back.
+# Calls that change nothing and are cheap to ask again, and changes whose request id makes a repeat the same change.
+# Generate is not among them: an answer that began must not begin anew behind the caller's back.
 _RETRIED = {
     "motley.v1.InferenceService": ("Tokenize", "Detokenize"),
     "motley.v1.ServerService": ("GetServerInfo", "GetCapacity"),
+    "motley.v1.TenantService": (
+        *("GetTenant", "ListTenants", "ListKeys"),
+        *("CreateTenant", "UpdateTenant", "DeleteTenant", "CreateKey", "RevokeKey"),
+    ),
 }
 _SERVICE_CONFIG = {
     "methodConfig": [
@@ -49,8 +54,16 @@ def options_of(endpoint: Endpoint) -> tuple[tuple[str, str | int], ...]:
 def credentials_of(endpoint: Endpoint) -> grpc.ChannelCredentials | None:
     """Return what TLS needs, or None for a plain channel.
 
-    Raises: OSError if the CA file cannot be read.
+    Raises: OSError if the CA file cannot be read; ValueError if it holds no certificate, which gRPC would tell only as
+    a server that cannot be reached.
     """
     if not endpoint.uses_tls:
         return None
-    return grpc.ssl_channel_credentials(None if endpoint.ca_file is None else endpoint.ca_file.read_bytes())
+    if endpoint.ca_file is None:
+        return grpc.ssl_channel_credentials()
+    roots = endpoint.ca_file.read_bytes()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=roots.decode("ascii", errors="ignore"))
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError(f"the CA file {endpoint.ca_file} holds no certificate in PEM") from error
+    return grpc.ssl_channel_credentials(roots)

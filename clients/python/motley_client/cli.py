@@ -11,18 +11,17 @@ import json
 import os
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from motley_client import cli_tenants
+from motley_client.cli_options import CaFileOption, InsecureOption, JsonOption, KeyOption, ServerOption, connect
 from motley_client.endpoint import UNREACHABLE
 from motley_client.foreign import ForeignCommand, foreign_commands
-from motley_client.settings import Settings, SettingsError, endpoint
+from motley_client.settings import SettingsError
 from motley_client.types import ChatMessage, Generation, Sampling, Score, ServedBy, ServerInfo
-
-if TYPE_CHECKING:
-    from motley_client.client import Client
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -64,25 +63,13 @@ app = typer.Typer(
     no_args_is_help=True,
     help="One base model, many adapters, every request wearing its own.",
 )
+app.add_typer(cli_tenants.app, name="tenants")
 
 PromptArgument = Annotated[str, typer.Argument(help="The text to continue.", show_default=False)]
-ServerOption = Annotated[
-    str | None, typer.Option("--server", envvar="MOTLEY_SERVER", metavar="HOST:PORT", help="Default: 127.0.0.1:8470.")
-]
-KeyOption = Annotated[
-    str | None, typer.Option("--key", envvar="MOTLEY_KEY", metavar="KEY", help="Bearer key; loopback may need none.")
-]
-CaFileOption = Annotated[
-    str | None, typer.Option("--ca-file", metavar="FILE", help="Use TLS and trust this file alone.")
-]
-InsecureOption = Annotated[
-    bool | None, typer.Option("--insecure", help="No TLS, though the server is another machine.")
-]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME[=WEIGHT]", help="Answer under this adapter; may be repeated."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,7 +116,7 @@ def generate(
     )
     text = None if chat else prompt
     messages = [ChatMessage("user", prompt)] if chat else None
-    with _connect(server, key, ca_file, insecure) as client:
+    with connect(server, key, ca_file, insecure) as client:
         if json_output:
             answer = client.generate(text, messages=messages, adapters=adapters, **sampling)
             typer.echo(json.dumps(_generation_json(answer)))
@@ -159,7 +146,7 @@ def score(
 ) -> None:
     """Print how likely each CONTINUATION is after PROMPT, as a log-probability."""
     adapters = _adapters(adapter)
-    with _connect(server, key, ca_file, insecure) as client:
+    with connect(server, key, ca_file, insecure) as client:
         scored = client.score(prompt, continuations, adapters=adapters)
     if json_output:
         typer.echo(json.dumps(_score_json(scored, continuations)))
@@ -178,7 +165,7 @@ def info(
     json_output: JsonOption = False,
 ) -> None:
     """Print what the server is, its limits and the adapters that can be named."""
-    with _connect(server, key, ca_file, insecure) as client:
+    with connect(server, key, ca_file, insecure) as client:
         found = client.info()
     if json_output:
         typer.echo(json.dumps(asdict(found)))
@@ -208,16 +195,6 @@ def _report(error: Any) -> int:
     if error.reason == UNREACHABLE:
         return EXIT_UNREACHABLE
     return EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED
-
-
-def _connect(server: str | None, key: str | None, ca_file: str | None, insecure: bool | None) -> Client:
-    from motley_client.client import Client
-
-    found = endpoint(Settings(server, key, ca_file, insecure), os.environ)
-    try:
-        return Client(found.address, found.key, ca_file=found.ca_file, insecure=found.insecure)
-    except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}", field="ca_file") from error
 
 
 def _adapters(choices: list[str] | None) -> list[tuple[str, float]]:

@@ -1,15 +1,14 @@
 """The client for ordinary, blocking Python.
 
-Owns how calls wait and end here; what they say is in `convert`, how they travel in `channel`. A `Client` may be shared
-by threads.
+Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`. What they say
+is in `convert`, how they wait and end in `connection`. A `Client` may be shared by threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from functools import cached_property
+from typing import Unpack
 
 import grpc
 from motley.v1 import inference_pb2, server_pb2
@@ -17,9 +16,8 @@ from motley.v1.inference_pb2_grpc import InferenceServiceStub
 from motley.v1.server_pb2_grpc import ServerServiceStub
 
 from motley_client import convert
-from motley_client.channel import credentials_of, options_of
-from motley_client.endpoint import DEFAULT_ADDRESS, Endpoint
 from motley_client.errors import from_rpc_error
+from motley_client.tenant_calls import TenantCalls
 from motley_client.types import (
     AdapterChoice,
     Capacity,
@@ -32,11 +30,8 @@ from motley_client.types import (
     StreamPart,
 )
 
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
 
-
-class Client:
+class Client(TenantCalls):
     """Ask a Motley server, blocking until it has answered.
 
     Semantics: every method takes `timeout`, which stands in for the client's own; None means to wait as long as it
@@ -45,37 +40,13 @@ class Client:
     Raises: MotleyClientError, by every method, in the subclass of the status code.
     """
 
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        key: str | None = None,
-        timeout: float | None = None,
-        *,
-        ca_file: Path | None = None,
-        insecure: bool = False,
-    ) -> None:
-        self._endpoint = Endpoint(address, key, ca_file, insecure)
-        self._timeout = timeout
-        credentials = credentials_of(self._endpoint)
-        self._channel = (
-            grpc.insecure_channel(address, options_of(self._endpoint))
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options_of(self._endpoint))
-        )
-        self._inference = InferenceServiceStub(self._channel)
-        self._server = ServerServiceStub(self._channel)
+    @cached_property
+    def _inference(self) -> InferenceServiceStub:
+        return InferenceServiceStub(self._channel)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Cancel what is under way and close the connection."""
-        self._channel.close()
+    @cached_property
+    def _server(self) -> ServerServiceStub:
+        return ServerServiceStub(self._channel)
 
     def generate(
         self,
@@ -149,14 +120,6 @@ class Client:
         """
         return convert.drain_result(self._call(self._server.Drain, convert.drain_request(grace_seconds), timeout))
 
-    def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
-    ) -> _Response:
-        try:
-            return method(request, timeout=self._effective(timeout), metadata=self._endpoint.metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._endpoint.address) from error
-
     def _stream(
         self, request: inference_pb2.GenerateStreamRequest, timeout: float | None
     ) -> Generator[StreamPart, None, None]:
@@ -170,6 +133,3 @@ class Client:
             raise from_rpc_error(error, self._endpoint.address) from error
         finally:
             call.cancel()
-
-    def _effective(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout

@@ -1,8 +1,8 @@
 """Python values to protobuf requests, protobuf responses to Python values: the last sight of protobuf in the client.
 
-Owns both directions for every call, so that the sync and the asyncio client differ only in how they wait. Knows nothing
-of channels. Pure functions; a value that protobuf cannot hold is an InvalidArgumentError naming the field, raised
-before anything is sent.
+Owns both directions for every call but those that `convert_tenants` has, so that the sync and the asyncio client differ
+only in how they wait. Knows nothing of channels. Pure functions; a value that protobuf cannot hold is an
+InvalidArgumentError naming the field, raised before anything is sent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ _FINISH_REASONS = {
 _Made = TypeVar("_Made", bound=Message)
 
 
-def _checked(field: str, make: Callable[..., _Made], **values: Any) -> _Made:
+def checked(field: str, make: Callable[..., _Made], **values: Any) -> _Made:
+    """Make a message.
+
+    Raises: InvalidArgumentError, naming the field, for a value that protobuf cannot hold.
+    """
     try:
         return make(**values)
     except (ValueError, TypeError, OverflowError) as error:
@@ -64,13 +68,13 @@ def prompt_message(
         )
     if messages is not None:
         turns = [
-            _checked("prompt.chat.messages", inference_pb2.ChatMessage, role=turn.role, content=turn.content)
+            checked("prompt.chat.messages", inference_pb2.ChatMessage, role=turn.role, content=turn.content)
             for turn in messages
         ]
         return inference_pb2.Prompt(chat=inference_pb2.ChatPrompt(messages=turns))
     if token_ids is not None:
-        return inference_pb2.Prompt(tokens=_checked("prompt.tokens.ids", inference_pb2.TokenPrompt, ids=token_ids))
-    return _checked("prompt.text", inference_pb2.Prompt, text=text)
+        return inference_pb2.Prompt(tokens=checked("prompt.tokens.ids", inference_pb2.TokenPrompt, ids=token_ids))
+    return checked("prompt.text", inference_pb2.Prompt, text=text)
 
 
 def adapter_refs(adapters: Sequence[AdapterChoice]) -> list[common_pb2.AdapterRef]:
@@ -83,7 +87,7 @@ def adapter_refs(adapters: Sequence[AdapterChoice]) -> list[common_pb2.AdapterRe
             f"adapters is a sequence of names: write ({adapters!r},)", reason="INVALID_VALUE", field="adapters"
         )
     pairs = ((choice, None) if isinstance(choice, str) else choice for choice in adapters)
-    return [_checked("adapters", common_pb2.AdapterRef, name=name, weight=weight) for name, weight in pairs]
+    return [checked("adapters", common_pb2.AdapterRef, name=name, weight=weight) for name, weight in pairs]
 
 
 def sampling_params(sampling: Sampling) -> inference_pb2.SamplingParams:
@@ -93,7 +97,7 @@ def sampling_params(sampling: Sampling) -> inference_pb2.SamplingParams:
         field = f"sampling.{name}"
         if isinstance(value, str):  # a bare `stop` string would be taken letter by letter
             raise InvalidArgumentError(f"{field} is a sequence, not a string", reason="INVALID_VALUE", field=field)
-        params.MergeFrom(_checked(field, inference_pb2.SamplingParams, **{name: value}))
+        params.MergeFrom(checked(field, inference_pb2.SamplingParams, **{name: value}))
     return params
 
 
@@ -123,7 +127,7 @@ def score_request(
         raise InvalidArgumentError(
             "continuations is a sequence of strings", reason="INVALID_VALUE", field="continuations"
         )
-    request = _checked("continuations", inference_pb2.ScoreRequest, continuations=continuations)
+    request = checked("continuations", inference_pb2.ScoreRequest, continuations=continuations)
     request.prompt.CopyFrom(prompt)
     request.adapters.extend(adapter_refs(adapters))
     return request
@@ -131,14 +135,14 @@ def score_request(
 
 def detokenize_request(token_ids: Iterable[int]) -> inference_pb2.DetokenizeRequest:
     """Make a request for the text of ids."""
-    return _checked("ids", inference_pb2.DetokenizeRequest, ids=token_ids)
+    return checked("ids", inference_pb2.DetokenizeRequest, ids=token_ids)
 
 
 def drain_request(grace_seconds: float | None) -> server_pb2.DrainRequest:
     """Make a request to drain; None leaves the grace to the server's configuration."""
     if grace_seconds is None:
         return server_pb2.DrainRequest()
-    duration = _checked("timeout", _duration, seconds=grace_seconds)
+    duration = checked("timeout", _duration, seconds=grace_seconds)
     return server_pb2.DrainRequest(timeout=duration)
 
 

@@ -7,7 +7,7 @@ results or the command line. Runs on the caller's thread or event loop. `reason`
     MotleyClientError                    anything else                               UNKNOWN
     ├── InvalidArgumentError             a field is wrong                            INVALID_ARGUMENT
     ├── NotFoundError                    unknown, or not the caller's                NOT_FOUND
-    ├── AlreadyExistsError               the same id with other content              ALREADY_EXISTS
+    ├── AlreadyExistsError               taken, or the same id with other content    ALREADY_EXISTS
     ├── FailedPreconditionError          right in itself, wrong for this base        FAILED_PRECONDITION
     ├── AbortedError                     somebody else was faster (etag)             ABORTED
     ├── OutOfRangeError                  an offset that leaves a gap                 OUT_OF_RANGE
@@ -87,7 +87,7 @@ class NotFoundError(MotleyClientError):
 
 
 class AlreadyExistsError(MotleyClientError):
-    """Say that an id was used before, with other content."""
+    """Say that a name is taken, or that a request id was used before, with other content."""
 
     code = "ALREADY_EXISTS"
 

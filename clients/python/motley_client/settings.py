@@ -69,16 +69,18 @@ def read_file(path: Path) -> Settings:
 def endpoint(said: Settings, environ: Mapping[str, str]) -> Endpoint:
     """Fill what flags and environment variables left open from the config file, and the rest by default.
 
+    Semantics: how a server is trusted is one choice: a said CA file sets a filed `insecure` aside, and the reverse.
     Raises: SettingsError for whatever makes no endpoint.
     """
     filed = read_file(config_path(environ))
-    ca_file = said.ca_file if said.ca_file is not None else filed.ca_file
+    ca_file = said.ca_file if said.ca_file is not None or said.insecure else filed.ca_file
+    insecure = said.insecure if said.insecure is not None or said.ca_file is not None else filed.insecure
     try:
         return Endpoint(
             address=said.server or filed.server or DEFAULT_ADDRESS,
             key=said.key if said.key is not None else filed.key,
             ca_file=None if ca_file is None else Path(ca_file).expanduser(),
-            insecure=bool(said.insecure if said.insecure is not None else filed.insecure),
+            insecure=bool(insecure),
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error

@@ -7,7 +7,8 @@ protobuf nor gRPC. Instances are immutable and may go from thread to thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from typing import TypedDict
 
@@ -233,3 +234,59 @@ class DrainResult:
 
     finished_requests: int
     cancelled_requests: int
+
+
+class Role(Enum):
+    """What a key may do; `publisher` manages the tenant's adapters besides, `worker` trains, `admin` administers."""
+
+    USER = "user"
+    PUBLISHER = "publisher"
+    WORKER = "worker"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Limits on a tenant; None is no limit in an answer, and left as it is in an update.
+
+    Semantics: `weight` is the tenant's share of the device beside others'; an answer always tells it.
+    """
+
+    adapters: int | None = None
+    adapter_bytes: int | None = None
+    requests_in_flight: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    training_jobs: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Somebody who owns adapters and keys; `etag` changes with every change of the rest."""
+
+    id: str
+    display_name: str
+    quota: Quota
+    create_time: datetime
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key without its secret; times are UTC, and `role` is None for one that this client does not know."""
+
+    id: str
+    tenant_id: str
+    role: Role | None
+    create_time: datetime
+    expire_time: datetime | None
+    revoke_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key just made, and its secret, the text that clients show; no later call tells it again."""
+
+    key: Key
+    secret: str = field(repr=False)

@@ -95,14 +95,14 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Returns the ids that a prompt becomes, special tokens included. INVALID_ARGUMENT.
+        """Returns the ids that a prompt becomes, special tokens included. INVALID_ARGUMENT, RESOURCE_EXHAUSTED (quota).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Returns the text of ids. INVALID_ARGUMENT for an id outside the vocabulary.
+        """Returns the text of ids. INVALID_ARGUMENT for an id outside the vocabulary, RESOURCE_EXHAUSTED (quota).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

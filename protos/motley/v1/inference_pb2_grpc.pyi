@@ -174,10 +174,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     """Returns the log-probability of each token of each continuation after the prompt. Codes as Generate."""
 
     Tokenize: _InferenceServiceTokenizeType
-    """Returns the ids that a prompt becomes, special tokens included. INVALID_ARGUMENT."""
+    """Returns the ids that a prompt becomes, special tokens included. INVALID_ARGUMENT, RESOURCE_EXHAUSTED (quota)."""
 
     Detokenize: _InferenceServiceDetokenizeType
-    """Returns the text of ids. INVALID_ARGUMENT for an id outside the vocabulary."""
+    """Returns the text of ids. INVALID_ARGUMENT for an id outside the vocabulary, RESOURCE_EXHAUSTED (quota)."""
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -243,7 +243,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.inference_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.inference_pb2.TokenizeResponse, collections.abc.Awaitable[motley.v1.inference_pb2.TokenizeResponse]]:
-        """Returns the ids that a prompt becomes, special tokens included. INVALID_ARGUMENT."""
+        """Returns the ids that a prompt becomes, special tokens included. INVALID_ARGUMENT, RESOURCE_EXHAUSTED (quota)."""
 
     @abc.abstractmethod
     def Detokenize(
@@ -251,6 +251,6 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.inference_pb2.DetokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.inference_pb2.DetokenizeResponse, collections.abc.Awaitable[motley.v1.inference_pb2.DetokenizeResponse]]:
-        """Returns the text of ids. INVALID_ARGUMENT for an id outside the vocabulary."""
+        """Returns the text of ids. INVALID_ARGUMENT for an id outside the vocabulary, RESOURCE_EXHAUSTED (quota)."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

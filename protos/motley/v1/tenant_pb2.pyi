@@ -66,8 +66,11 @@ class Quota(google.protobuf.message.Message):
     adapters: builtins.int
     adapter_bytes: builtins.int
     requests_in_flight: builtins.int
+    """Calls of InferenceService that have not ended; one call is one request, whatever it asks for."""
     requests_per_minute: builtins.int
+    """As many at once as in a minute; they flow back steadily."""
     tokens_per_minute: builtins.int
+    """Likewise. Prompt, and `max_new_tokens` for each candidate, of which the unused part is given back at the end."""
     training_jobs: builtins.int
     weight: builtins.float
     """The share of the device in fair scheduling; 1 unless set."""

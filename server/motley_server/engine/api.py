@@ -59,14 +59,15 @@ class EngineFront(Protocol):
     Every method is called on the event loop's thread, but for `stats`, which a scrape of the metrics calls on its own.
     """
 
-    def submit(self, request: GenerateRequest, on_end: Callable[[], None]) -> EventStream:
+    def submit(self, request: GenerateRequest, on_end: Callable[[int], None]) -> EventStream:
         """Put a request in the mailbox and return its events, ending after the last.
 
         Semantics: `on_end` is called exactly once, when the engine will not touch the request's adapters again, whether
-        the request finished, failed or was cancelled, and even if the iterator is never read; leases go there. Closing
-        the iterator (aclose, or the consuming task being cancelled) cancels the request: its blocks are free after the
-        engine's next step. A reader that lets more than the configured number of events wait is cancelled: its iterator
-        raises ResourceExhaustedError(reason=SLOW_READER).
+        the request finished, failed or was cancelled, and even if the iterator is never read; it is told how many
+        tokens were generated, of all candidates together. Leases and places are given back there. Closing the iterator
+        (aclose, or the consuming task being cancelled) cancels the request: its blocks are free after the engine's next
+        step. A reader that lets more than the configured number of events wait is cancelled: its iterator raises
+        ResourceExhaustedError(reason=SLOW_READER).
         Raises: ResourceExhaustedError (reason=QUEUE_FULL, at once), UnavailableError (reason=DRAINING or
         ENGINE_STOPPED, at once). An event with `error` is raised as that error.
         """

@@ -178,7 +178,7 @@ class Engine:
         """Tell whether new requests are refused."""
         return self._is_draining
 
-    def submit(self, request: GenerateRequest, on_end: Callable[[], None]) -> RequestEventStream:
+    def submit(self, request: GenerateRequest, on_end: Callable[[int], None]) -> RequestEventStream:
         """Put a request in the mailbox and return its events."""
         self._check_open()
         stream = RequestEventStream(request.request_id, on_end, self._settings.reader_queue_events, cancel=self._cancel)

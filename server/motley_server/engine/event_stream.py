@@ -18,7 +18,7 @@ class RequestEventStream:
     """Queue a request's events for one reader (see `api.EventStream`)."""
 
     def __init__(
-        self, request_id: str, on_end: Callable[[], None], max_events: int, cancel: Callable[[str], None]
+        self, request_id: str, on_end: Callable[[int], None], max_events: int, cancel: Callable[[str], None]
     ) -> None:
         self._request_id = request_id
         self._on_end = on_end
@@ -29,13 +29,15 @@ class RequestEventStream:
         self._error: MotleyError | None = None
         self._has_ended = False  # the engine is done with the request
         self._is_closed = False  # the reader is
+        self._num_generated_tokens = 0  # read or not
         self._is_cancelled = False  # and has told the engine so, which it does once
 
     def push(self, event: RequestEvent) -> None:
         """Take the next event from the engine."""
+        self._num_generated_tokens += sum(len(delta.token_ids) for delta in event.deltas)
         if event.is_last:
             self._has_ended = True
-            self._on_end()
+            self._on_end(self._num_generated_tokens)
         if event.error is not None:
             self._error = self._error or event.error
         elif not self._is_closed and self._error is None:

@@ -63,7 +63,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence behind all others."""
+        """Queue a new sequence behind all others of its tenant."""
         self.waiting.append(sequence)
 
     def add_first(self, sequence: Sequence) -> None:
@@ -77,6 +77,8 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self.waiting.remove(sequence)
+        if sequence.has_started:
+            self.waiting.refund(sequence)
 
     def schedule(self) -> list[Scheduled]:
         """Choose the next forward pass.
@@ -195,6 +197,7 @@ class Scheduler:
         if not sequence.has_started:
             sequence.has_started = True
             sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.waiting.charge(sequence)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         lacking = self._num_lacking_blocks(sequence, num_tokens)

@@ -48,6 +48,11 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def max_num_tokens(self) -> int:
+        """Return the most tokens that prompt and answer may come to."""
+        return self.num_prompt_tokens + (0 if self.request.prompt_logprobs else self.params.max_new_tokens)
+
+    @property
     def num_output_tokens(self) -> int:
         """Return the tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens

@@ -67,7 +67,7 @@ class GenerateRequest:
 
     Semantics: `adapters` is sorted by digest, without repetition and without zero weights; `deadline` is in
     time.monotonic seconds; with `prompt_logprobs` the request reports the log-probability of every prompt token after
-    the first `num_context_tokens` and generates nothing.
+    the first `num_context_tokens` and generates nothing. `weight` is the tenant's share of the device beside others'.
     """
 
     request_id: str
@@ -78,6 +78,7 @@ class GenerateRequest:
     deadline: float | None = None
     prompt_logprobs: bool = False
     num_context_tokens: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

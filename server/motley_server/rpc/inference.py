@@ -104,17 +104,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         """Return the ids of a prompt."""
-        self._admission.check_open()
-        check_prompt(request.prompt, self._admission.limits)
-        return inference_pb2.TokenizeResponse(ids=await self._admission.tokenize(prompt_from(request.prompt)))
+        with self._admission.counting(current_caller()):
+            check_prompt(request.prompt, self._admission.limits)
+            return inference_pb2.TokenizeResponse(ids=await self._admission.tokenize(prompt_from(request.prompt)))
 
     async def Detokenize(  # noqa: N802
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         """Return the text of ids."""
-        self._admission.check_open()
-        check_detokenized(request, self._admission.limits)
-        return inference_pb2.DetokenizeResponse(text=await self._admission.detokenize(tuple(request.ids)))
+        with self._admission.counting(current_caller()):
+            check_detokenized(request, self._admission.limits)
+            return inference_pb2.DetokenizeResponse(text=await self._admission.detokenize(tuple(request.ids)))
 
     def _read(self, request: inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest) -> AskedGeneration:
         with self._admission.counting_refusals():

@@ -1,7 +1,8 @@
-"""Around every RPC of every arity: its request id, who calls, its count by code, and errors as typed statuses.
+"""Around every RPC of every arity: its request id, who calls and may they, its count by code, its line in the audit.
 
-One interceptor, so that the order is plain to see: the request id first, then counting, then errors, and identity
-innermost, where a refusal is counted and typed like any other. Runs on the event loop's thread.
+One interceptor, so that the order is plain to see: the request id first, then counting and the audit, then errors as
+typed statuses, and identity innermost, where a refusal is counted, written down and typed like any other. Runs on the
+event loop's thread.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
 
 from motley_server.asked import Caller
+from motley_server.audit import ControlAction, write_down
 from motley_server.errors import MotleyError
+from motley_server.rpc.access import OPEN_METHODS, check_roles, rule_of
+from motley_server.rpc.audited import target_of
 from motley_server.rpc.call import set_caller
 from motley_server.rpc.identity import Identify
 from motley_server.rpc.status import REQUEST_ID_KEY, code_of, to_status, trailers
 from motley_server.rpc.wire_checks import check_answer, check_message, lenient
 
 log = logging.getLogger(__name__)
+
+AUTHORIZATION_KEY = "authorization"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
@@ -71,13 +77,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     async def _frame(self, method: str, behavior: Behavior, request: Any, context: Context) -> Any:
-        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
-        request_id = _request_id(metadata)
+        headers = [(str(key), value) for key, value in context.invocation_metadata() or ()]
+        request_id = _request_id(dict(headers))
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         began = time.monotonic()
-        code = grpc.StatusCode.UNKNOWN
+        code, caller, answer = grpc.StatusCode.UNKNOWN, None, None
         try:
-            set_caller(self._caller(request_id, metadata, context))
+            if method not in OPEN_METHODS:
+                caller = await self._identified(request_id, headers, context)
+                set_caller(caller)
+                check_roles(method, caller.roles)
             check_message(request)
             answer = await self._answer(behavior, request, context)
             code = grpc.StatusCode.OK
@@ -92,8 +101,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:
             code, failure = code_of(error), error
         finally:
-            # Before the caller can see the end, so that who has seen it finds it counted.
+            # Before the caller can see the end, so that who has seen it finds it counted and written down.
             self._observer.rpc_finished(method, code.name, time.monotonic() - began)
+            if rule_of(method).is_audited:
+                _write_down(method, code, request_id, caller, target_of(request, answer))
         await _abort(context, failure, method, request_id)
 
     async def _answer(self, behavior: Behavior, request: Any, context: Context) -> Any:
@@ -113,11 +124,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await context.write(message)
         return None
 
-    def _caller(self, request_id: str, metadata: Mapping[str, str | bytes], context: Context) -> Caller:
-        identity = self._identify(metadata)
+    async def _identified(
+        self, request_id: str, headers: Sequence[tuple[str, str | bytes]], context: Context
+    ) -> Caller:
         remaining: float | None = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        return Caller(request_id, identity.tenant_id, identity.roles, deadline)
+        found = await self._identify([value for key, value in headers if key == AUTHORIZATION_KEY])
+        return Caller(
+            request_id, found.tenant_id, found.roles, deadline=deadline, quota=found.quota, key_id=found.key_id
+        )
+
+
+def _write_down(
+    method: str, code: grpc.StatusCode, request_id: str, caller: Caller | None, target: Mapping[str, str | int]
+) -> None:
+    tenant_id, key_id = ("", "") if caller is None else (caller.tenant_id, caller.key_id)
+    write_down(ControlAction(method.lstrip("/"), code.name, request_id, tenant_id, key_id, target))
 
 
 def _arity(handler: Handler) -> tuple[Callable[..., Handler], Behavior]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_reflection.v1alpha import reflection
-from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
+from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc, tenant_pb2, tenant_pb2_grpc
 
 from motley_server.admission import Admission
 from motley_server.engine.api import EngineFront
@@ -23,7 +23,9 @@ from motley_server.rpc.identity import Identify
 from motley_server.rpc.inference import InferenceService
 from motley_server.rpc.interceptors import CallInterceptor, RpcObserver
 from motley_server.rpc.server_info import AdapterBytes, ServerService
+from motley_server.rpc.tenants import TenantRegistry, TenantService
 from motley_server.rpc.unbuilt import UNBUILT_SERVICES, unbuilt_handler
+from motley_server.tls import TlsFiles
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 MAX_CONCURRENT_STREAMS = 1024  # of one connection
@@ -39,6 +41,7 @@ class Backend:
     adapters: AdapterBytes
     facts: ServerFacts
     observer: RpcObserver
+    registry: TenantRegistry
     identify: Identify
 
 
@@ -50,6 +53,7 @@ class RpcSettings:
     health_stall_seconds: float
     drain_seconds: float
     reflection: bool
+    tls: TlsFiles | None = None
 
 
 class RpcServer:
@@ -62,6 +66,7 @@ class RpcServer:
             interceptors=[CallInterceptor(backend.identify, backend.observer, settings.max_message_bytes)],
             options=server_options(settings.max_message_bytes),
         )
+        self._tls = settings.tls
         self._poll: asyncio.Task[None] | None = None
         self._add_services(backend)
         if settings.reflection:
@@ -73,6 +78,8 @@ class RpcServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         service = ServerService(backend.facts, backend.engine, backend.catalog, backend.adapters, self.lifecycle)
         server_pb2_grpc.add_ServerServiceServicer_to_server(service, self._server)
+        tenants = TenantService(backend.registry, backend.admission.check_open)
+        tenant_pb2_grpc.add_TenantServiceServicer_to_server(tenants, self._server)
         self._server.add_generic_rpc_handlers([unbuilt_handler(one) for one in UNBUILT_SERVICES])
         self.health.add_to(self._server)
 
@@ -82,13 +89,19 @@ class RpcServer:
         Raises: OSError if the address cannot be listened on.
         """
         try:
-            port = self._server.add_insecure_port(address)
+            port = self._add_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await self.health.refresh()
         await self._server.start()
         self._poll = asyncio.get_running_loop().create_task(self.health.poll())
         return port
+
+    def _add_port(self, address: str) -> int:
+        if self._tls is None:
+            return self._server.add_insecure_port(address)
+        pair = (self._tls.private_key, self._tls.certificate)
+        return self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new calls, give those that run this long to end, then cut them off."""
@@ -103,6 +116,7 @@ def _service_names() -> list[str]:
     built = (
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
         server_pb2.DESCRIPTOR.services_by_name["ServerService"],
+        tenant_pb2.DESCRIPTOR.services_by_name["TenantService"],
     )
     return [service.full_name for service in (*built, *UNBUILT_SERVICES)]
 

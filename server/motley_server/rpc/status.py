@@ -33,6 +33,10 @@ TypedError = errors.MotleyError | AdapterError
 CODES: Mapping[type[Exception], grpc.StatusCode] = MappingProxyType({
     errors.InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.AbortedError: grpc.StatusCode.ABORTED,
     errors.FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -92,14 +96,15 @@ def _details(error: TypedError, sentence: str, code: grpc.StatusCode, request_id
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=sentence, reason=error.reason)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     elif code is grpc.StatusCode.NOT_FOUND:
-        details.append(error_details_pb2.ResourceInfo(resource_type="adapter", description=sentence))
+        kind = error.reason.removesuffix("_NOT_FOUND").lower()
+        details.append(error_details_pb2.ResourceInfo(resource_type=kind, description=sentence))
     elif code is grpc.StatusCode.FAILED_PRECONDITION:
         failure = error_details_pb2.PreconditionFailure.Violation(
             type=error.reason, subject=field, description=sentence
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[failure]))
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        quota = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=sentence)
+        quota = error_details_pb2.QuotaFailure.Violation(subject=field or error.reason, description=sentence)
         details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     retry = error.retry_after_seconds if isinstance(error, errors.MotleyError) else None
     if retry is not None:

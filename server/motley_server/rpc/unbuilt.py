@@ -7,14 +7,11 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from motley.v1 import adapter_pb2, tenant_pb2
+from motley.v1 import adapter_pb2
 
 from motley_server.errors import UnimplementedError
 
-UNBUILT_SERVICES: tuple[ServiceDescriptor, ...] = (
-    adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"],
-    tenant_pb2.DESCRIPTOR.services_by_name["TenantService"],
-)
+UNBUILT_SERVICES: tuple[ServiceDescriptor, ...] = (adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"],)
 
 
 def unbuilt_handler(service: ServiceDescriptor) -> grpc.GenericRpcHandler:

@@ -1,0 +1,145 @@
+"""The registry's tables, and the version that a database says it has.
+
+It knows SQL's shapes, not what they mean: rules about tenants and keys live with their classes. Every statement runs
+inside a transaction that somebody else began, on the database's threads.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    inspect,
+    select,
+)
+from sqlalchemy.dialects.postgresql import VARCHAR
+from sqlalchemy.engine.interfaces import Dialect
+
+from motley_server.registry.names import LOCAL_TENANT
+
+VERSION = 1
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def to_microseconds(moment: datetime) -> int:
+    """Return a moment's distance from the beginning of 1970; one without a zone is a TypeError."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def from_microseconds(microseconds: int) -> datetime:
+    """Return a moment in UTC."""
+    return _EPOCH + microseconds * _MICROSECOND
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """Keep a moment as microseconds since 1970, exactly and alike in every database."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Return what is stored."""
+        return None if value is None else to_microseconds(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """Return the moment that was stored."""
+        return None if value is None else from_microseconds(value)
+
+
+# Compared byte by byte: what comes first must not depend on a server's locale.
+_Id = String(128).with_variant(VARCHAR(128, collation="C"), "postgresql")
+
+METADATA = MetaData()
+
+# One row.
+registry = Table(
+    "motley_registry",
+    METADATA,
+    Column("version", Integer, nullable=False),
+    Column("page_secret", LargeBinary, nullable=False),
+)
+
+tenants = Table(
+    "tenants",
+    METADATA,
+    Column("id", _Id, primary_key=True),
+    Column("display_name", Text, nullable=False),
+    Column("quota_adapters", BigInteger),
+    Column("quota_adapter_bytes", BigInteger),
+    Column("quota_requests_in_flight", BigInteger),
+    Column("quota_requests_per_minute", BigInteger),
+    Column("quota_tokens_per_minute", BigInteger),
+    Column("quota_training_jobs", BigInteger),
+    Column("quota_weight", Double, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("etag", String(32), nullable=False),
+)
+
+keys = Table(
+    "keys",
+    METADATA,
+    Column("id", _Id, primary_key=True),
+    Column("tenant_id", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("secret_sha256", LargeBinary(32), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Index("keys_by_tenant", "tenant_id", "created_at", "id"),
+)
+
+requests = Table(
+    "requests",
+    METADATA,
+    Column("scope", _Id, primary_key=True),
+    Column("request_id", String(128), primary_key=True),
+    Column("content_sha256", LargeBinary(32), nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("answered_at", UtcTime, nullable=False),
+    Index("requests_by_time", "answered_at"),
+)
+
+
+def is_empty(connection: Connection) -> bool:
+    """Tell whether a database has no table at all, ours or another's."""
+    return not inspect(connection).get_table_names()
+
+
+def version_of(connection: Connection) -> int | None:
+    """Return the version that a database says it has; None if it is no registry."""
+    if not inspect(connection).has_table(registry.name):
+        return None
+    return connection.execute(select(registry.c.version)).scalar()
+
+
+def page_secret_of(connection: Connection) -> bytes:
+    """Return what the page tokens of this registry are signed with."""
+    page_secret: bytes = connection.execute(select(registry.c.page_secret)).scalar_one()
+    return page_secret
+
+
+def create(connection: Connection, now: datetime) -> None:
+    """Make the tables of an empty database, and the tenant that needs no key."""
+    METADATA.create_all(connection)
+    connection.execute(registry.insert().values(version=VERSION, page_secret=secrets.token_bytes(32)))
+    connection.execute(
+        tenants.insert().values(
+            id=LOCAL_TENANT, display_name="", quota_weight=1.0, created_at=now, etag=secrets.token_hex(8)
+        )
+    )

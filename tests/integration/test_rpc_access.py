@@ -1,0 +1,149 @@
+"""Every RPC there is, called by everybody who may not: without a key, with a bad one, and in each wrong role."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+import motley.v1
+import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from motley_server.asked import Role
+from motley_server.errors import PermissionDeniedError
+from motley_server.rpc.access import OPEN_METHODS, RULES, check_roles
+from rpc_harness import Refusal, Shell, read_refusal, serving
+
+Code = grpc.StatusCode
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+METADATA = Mapping[str, str]
+NO_KEY: METADATA = MappingProxyType({})
+BAD_KEY: METADATA = MappingProxyType({"authorization": "Bearer mk_0123456789abcdef_" + "x" * 43})
+
+
+def find_rpcs() -> dict[str, MethodDescriptor]:
+    """Return every method of every service of `motley.v1`, by its name on the wire."""
+    names = [one.name for one in pkgutil.iter_modules(motley.v1.__path__) if one.name.endswith("_pb2")]
+    files = [importlib.import_module(f"motley.v1.{name}").DESCRIPTOR for name in names]
+    return {
+        f"/{service.full_name}/{method.name}": method
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+
+
+RPCS = find_rpcs()
+
+# By hand, so that a slip in the server's table is seen: what each role may do, `Service` or `Service/Method`.
+USERS = {
+    "InferenceService", "ServerService/GetServerInfo", "ServerService/GetCapacity", "AdapterService/GetAdapter",
+    "AdapterService/ListAdapters", "AdapterService/ListAdapterVersions",
+}  # fmt: skip
+MAY: Mapping[Role, set[str]] = {
+    Role.USER: USERS,
+    Role.PUBLISHER: USERS | {"AdapterService"},
+    Role.WORKER: {"ServerService/GetServerInfo", "ServerService/GetCapacity"},
+    Role.ADMIN: {"InferenceService", "AdapterService", "ServerService", "TenantService"},
+}
+
+
+def may(role: Role, method: str) -> bool:
+    name = method.removeprefix("/motley.v1.")
+    return name in MAY[role] or name.partition("/")[0] in MAY[role]
+
+
+async def call(shell: Shell, method: str, metadata: METADATA) -> Refusal | None:
+    """Call a method with an empty request, and return how it was refused."""
+    described = RPCS[method]
+    request = GetMessageClass(described.input_type)()
+    kinds = {
+        (False, False): shell.channel.unary_unary, (False, True): shell.channel.unary_stream,
+        (True, False): shell.channel.stream_unary, (True, True): shell.channel.stream_stream,
+    }  # fmt: skip
+    make: Any = kinds[described.client_streaming, described.server_streaming]
+    stub = make(method, request_serializer=lambda message: message.SerializeToString())
+    made = stub(iter([request]) if described.client_streaming else request, metadata=tuple(metadata.items()))
+    try:
+        await (made.read() if described.server_streaming else made)
+    except grpc.aio.AioRpcError as error:
+        return read_refusal(error)
+    return None
+
+
+async def bearer(shell: Shell, role: Role, tenant_id: str = "local") -> METADATA:
+    _, text = await shell.registry.database.run(shell.registry.keys.create, tenant_id, role)
+    return {"authorization": f"Bearer {text}"}
+
+
+def test_the_table_names_every_rpc_and_no_other() -> None:
+    assert set(RULES) == set(RPCS) | {REFLECTION}
+    assert all(rule.roles for rule in RULES.values())
+    methods = health_pb2.DESCRIPTOR.services_by_name["Health"].methods
+    assert {f"/grpc.health.v1.Health/{method.name}" for method in methods} == OPEN_METHODS
+
+
+def test_a_method_that_no_table_names_is_for_nobody() -> None:
+    with pytest.raises(PermissionDeniedError, match="needs what no role has"):
+        check_roles("/motley.v1.TenantService/ForgottenInTheTable", frozenset(Role))
+
+
+@pytest.mark.parametrize("method", RPCS)
+def test_nobody_calls_an_rpc_without_a_good_key(method: str) -> None:
+    async def scenario() -> None:
+        async with serving(auth=True) as shell:
+            for metadata, reason in ((NO_KEY, "KEY_REQUIRED"), (BAD_KEY, "INVALID_KEY")):
+                refusal = await call(shell, method, metadata)
+                assert refusal is not None
+                assert (refusal.code, refusal.reason, refusal.field) == (Code.UNAUTHENTICATED, reason, "")
+            assert shell.engine.submitted == []
+            assert not shell.rpc.lifecycle.has_begun
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", RPCS)
+def test_an_rpc_takes_the_right_roles_and_refuses_the_others_by_name(method: str) -> None:
+    async def scenario() -> None:
+        async with serving(auth=True) as shell:
+            # The admin comes last, whose Drain ends it all.
+            for role in (Role.USER, Role.PUBLISHER, Role.WORKER, Role.ADMIN):
+                refusal = await call(shell, method, await bearer(shell, role))
+                if may(role, method):
+                    assert refusal is None or refusal.code not in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED)
+                    continue
+                assert refusal is not None
+                assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "WRONG_ROLE")
+                needed = [one.value for one in Role if may(one, method)]
+                assert refusal.message == f"{method[1:]} needs a key of role {' or '.join(needed)}"
+
+    asyncio.run(scenario())
+
+
+def test_probes_need_no_key_and_reflection_does() -> None:
+    async def reflected(shell: Shell, metadata: METADATA) -> Any:
+        stub = reflection_pb2_grpc.ServerReflectionStub(shell.channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        return await stub.ServerReflectionInfo(iter([request]), metadata=tuple(metadata.items())).read()
+
+    async def scenario() -> None:
+        async with serving(auth=True) as shell:
+            health = health_pb2_grpc.HealthStub(shell.channel)
+            for metadata in (NO_KEY, BAD_KEY):
+                answer = await health.Check(health_pb2.HealthCheckRequest(), metadata=tuple(metadata.items()))
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await reflected(shell, metadata)
+                assert caught.value.code() is Code.UNAUTHENTICATED
+            listed = await reflected(shell, await bearer(shell, Role.WORKER))
+            names = {one.name for one in listed.list_services_response.service}
+            assert names > {method.containing_service.full_name for method in RPCS.values()}
+
+    asyncio.run(scenario())
