@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from certificates import Certificates
@@ -111,6 +111,8 @@ class FakeTenantService(TenantServiceServicer):
             if request.HasField("display_name"):
                 tenant.display_name = request.display_name
             tenant.quota.MergeFrom(request.quota)
+            for name in request.lift:
+                tenant.quota.ClearField(cast(Any, name))
             tenant.etag = f"etag-{int(tenant.etag.removeprefix('etag-')) + 1}"
             return tenant_pb2.UpdateTenantResponse(tenant=tenant)
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from motley_server.registry.adapters import Adapters
 from motley_server.registry.database import Database
 from motley_server.registry.keys import Keys
 from motley_server.registry.tenants import Tenants
@@ -111,3 +112,9 @@ def tenants(database: Database) -> Tenants:
 def keys(database: Database) -> Keys:
     """Return its keys."""
     return Keys(database)
+
+
+@pytest.fixture
+def adapters(database: Database) -> Adapters:
+    """Return its adapters."""
+    return Adapters(database)

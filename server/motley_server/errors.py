@@ -11,12 +11,14 @@ engine's mailbox.
     ├── PermissionDeniedError     a good key of the wrong role              PERMISSION_DENIED
     ├── AlreadyExistsError        that name or request id is taken          ALREADY_EXISTS
     ├── AbortedError              changed since the caller looked (etag)    ABORTED
+    ├── OutOfRangeError           past what is there to go on from          OUT_OF_RANGE
     ├── FailedPreconditionError   right in itself, wrong for this base      FAILED_PRECONDITION
     ├── ResourceExhaustedError    quota, full queue, reader too slow        RESOURCE_EXHAUSTED
     ├── DeadlineExceededError     the caller's deadline has passed          DEADLINE_EXCEEDED
     ├── CancelledRequestError     the caller is gone                        CANCELLED
     ├── UnavailableError          draining, or the engine has stopped       UNAVAILABLE
     ├── UnimplementedError        in the surface, not built                 UNIMPLEMENTED
+    ├── DataLossError             bytes are not those that were announced   DATA_LOSS
     └── InternalError             a fault of ours                           INTERNAL
 """
 
@@ -69,6 +71,10 @@ class AbortedError(MotleyError):
     """Say that something changed since the caller looked."""
 
 
+class OutOfRangeError(MotleyError):
+    """Say that a position is past what is there, and where to go on."""
+
+
 class FailedPreconditionError(MotleyError):
     """Say that something sound in itself does not fit what is served."""
 
@@ -91,6 +97,10 @@ class UnavailableError(MotleyError):
 
 class UnimplementedError(MotleyError):
     """Say that this part of the surface is not built."""
+
+
+class DataLossError(MotleyError):
+    """Say that bytes are not those that were announced or sent before."""
 
 
 class InternalError(MotleyError):

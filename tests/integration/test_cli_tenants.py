@@ -121,6 +121,24 @@ def test_update_changes_what_is_named_and_leaves_the_rest(fake: FakeTenantServic
     assert (stale.exit_code, stale.stderr) == (1, "error: ETAG_MISMATCH it is (ETAG_MISMATCH, field etag)\n")
 
 
+@pytest.mark.parametrize("spelling", [("tokens-per-minute", "adapter-bytes"), ("tokens_per_minute", "adapter_bytes")])
+def test_update_lifts_the_limits_that_are_named(fake: FakeTenantService, spelling: tuple[str, str]) -> None:
+    told("create", "acme", *EVERY_QUOTA)
+    told("update", "acme", "--lift", spelling[0], "--lift", spelling[1], "--adapters", "9")
+
+    assert list(fake.calls[-1][1].lift) == ["tokens_per_minute", "adapter_bytes"]
+    quota = json.loads(told("show", "acme", "--json"))["quota"]
+    assert quota == QUOTA | {"tokens_per_minute": None, "adapter_bytes": None, "adapters": 9}
+
+
+def test_lifting_what_is_no_quota_is_wrong_usage_and_names_those_that_are(fake: FakeTenantService) -> None:
+    result = tenants("update", "acme", "--lift", "tokens")
+
+    assert (result.exit_code, result.stdout, fake.calls) == (2, "", [])
+    assert "'tokens' is no quota" in result.stderr
+    assert "tokens-per-minute" in result.stderr
+
+
 @pytest.mark.parametrize("typed", ["n\n", "\n", ""])
 def test_delete_asks_first_and_takes_no_for_an_answer(fake: FakeTenantService, typed: str) -> None:
     told("create", "acme")

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from motley.v1 import adapter_pb2, adapter_pb2_grpc, server_pb2, tenant_pb2
 from motley_server.asked import Role
-from rpc_harness import Refusal, Shell, read_refusal, serving
+from rpc_harness import Refusal, Shell, read_refusal, serving, text_request
 
 Code = grpc.StatusCode
 Quota = tenant_pb2.Quota
@@ -28,6 +28,10 @@ async def refused(call: Awaitable[object]) -> Refusal:
 
 def create(shell: Shell, id: str = "acme", **fields: Any) -> Awaitable[tenant_pb2.CreateTenantResponse]:
     return shell.tenants.CreateTenant(tenant_pb2.CreateTenantRequest(id=id, **fields))
+
+
+def update(shell: Shell, id: str = "acme", **fields: Any) -> Awaitable[tenant_pb2.UpdateTenantResponse]:
+    return shell.tenants.UpdateTenant(tenant_pb2.UpdateTenantRequest(id=id, **fields))
 
 
 def create_key(shell: Shell, **fields: Any) -> Awaitable[tenant_pb2.CreateKeyResponse]:
@@ -63,18 +67,61 @@ def test_an_update_changes_what_is_set_and_only_what_was_seen() -> None:
     async def scenario() -> None:
         async with serving() as shell:
             made = (await create(shell, display_name="before", quota=Quota(adapters=3, weight=2))).tenant
-
-            def update(**fields: Any) -> Awaitable[tenant_pb2.UpdateTenantResponse]:
-                return shell.tenants.UpdateTenant(tenant_pb2.UpdateTenantRequest(id="acme", **fields))
-
-            changed = (await update(quota=Quota(requests_in_flight=0), etag=made.etag)).tenant
+            changed = (await update(shell, quota=Quota(requests_in_flight=0), etag=made.etag)).tenant
             assert changed.quota == Quota(adapters=3, requests_in_flight=0, weight=2)
             assert (changed.display_name, changed.create_time) == ("before", made.create_time)
-            refusal = await refused(update(display_name="late", etag=made.etag))
+            refusal = await refused(update(shell, display_name="late", etag=made.etag))
             assert (refusal.code, refusal.reason, refusal.field) == (Code.ABORTED, "ETAG_MISMATCH", "etag")
-            assert (await refused(update(display_name="empty", etag=""))).reason == "ETAG_MISMATCH"
-            renamed = (await update(display_name="")).tenant
+            assert (await refused(update(shell, display_name="empty", etag=""))).reason == "ETAG_MISMATCH"
+            renamed = (await update(shell, display_name="")).tenant
             assert (renamed.display_name, renamed.quota) == ("", changed.quota)
+
+    asyncio.run(scenario())
+
+
+def test_a_limit_that_is_lifted_is_gone_and_the_others_stay() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            await create(shell, quota=Quota(adapters=3, tokens_per_minute=0, training_jobs=1, weight=2))
+            lifted = (await update(shell, lift=["tokens_per_minute", "weight"])).tenant
+            assert lifted.quota == Quota(adapters=3, training_jobs=1, weight=1)
+            both = (await update(shell, quota=Quota(adapters=0), lift=["training_jobs", "requests_in_flight"])).tenant
+            assert both.quota == Quota(adapters=0, weight=1)
+            assert (await shell.tenants.GetTenant(tenant_pb2.GetTenantRequest(id="acme"))).tenant == both
+
+    asyncio.run(scenario())
+
+
+def test_a_lifted_limit_stops_limiting_the_next_request() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            await update(shell, "local", quota=Quota(requests_per_minute=0))
+            assert (await refused(shell.inference.Generate(text_request("hi")))).reason == "QUOTA_REQUESTS_PER_MINUTE"
+            await update(shell, "local", lift=["requests_per_minute"])
+            assert (await shell.inference.Generate(text_request("hi"))).candidates
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "field", "word"),
+    [
+        ({"lift": ["adapters", "token"]}, "UNKNOWN_QUOTA", "lift[1]", "'token'"),
+        ({"lift": ["quota.adapters"]}, "UNKNOWN_QUOTA", "lift[0]", "adapter_bytes"),
+        ({"lift": ["adapters"], "quota": Quota(adapters=0)}, "SET_AND_LIFTED", "lift[0]", "'adapters'"),
+        ({"lift": ["adapters"] * 8}, "OUT_OF_RANGE", "lift", "7"),
+    ],
+)
+def test_a_bad_lift_is_refused_by_name_and_changes_nothing(
+    fields: dict[str, Any], reason: str, field: str, word: str
+) -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            made = (await create(shell, quota=Quota(adapters=3))).tenant
+            refusal = await refused(update(shell, display_name="new", **fields))
+            assert (refusal.code, refusal.reason, refusal.field) == (Code.INVALID_ARGUMENT, reason, field)
+            assert word in refusal.message
+            assert (await shell.tenants.GetTenant(tenant_pb2.GetTenantRequest(id="acme"))).tenant == made
 
     asyncio.run(scenario())
 

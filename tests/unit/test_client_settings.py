@@ -34,6 +34,37 @@ def test_no_file_means_the_default_server_without_a_key(home: Path) -> None:
 def test_the_file_fills_what_was_not_said(home: Path) -> None:
     environ = write(home, 'server = "filed:1"\nkey = "filed-key"\ninsecure = true\n')
 
+    for said in (Settings(), Settings(server="filed:1"), Settings(server="")):
+        found = endpoint(said, environ)
+        assert (found.address, found.key, found.insecure) == ("filed:1", "filed-key", True)
+    kept = endpoint(Settings(key="said-key"), environ)
+    assert (kept.address, kept.key, kept.insecure) == ("filed:1", "said-key", True)
+
+
+def test_another_server_gets_neither_the_filed_key_nor_its_way_without_tls(home: Path) -> None:
+    environ = write(home, 'server = "filed:1"\nkey = "filed-key"\ninsecure = true\n')
+
+    found = endpoint(Settings(server="said:2"), environ)
+    assert (found.address, found.key, found.uses_tls) == ("said:2", None, True)
+
+    keyed = endpoint(Settings(server="filed:2", key="said-key"), environ)
+    assert (keyed.key, keyed.uses_tls) == ("said-key", True)
+
+    plain = endpoint(Settings(server="said:2", insecure=True), environ)
+    assert (plain.key, plain.uses_tls) == (None, False)
+
+
+def test_another_server_is_trusted_by_the_filed_authority_alone(home: Path) -> None:
+    environ = write(home, 'server = "filed:1"\nkey = "filed-key"\nca_file = "/filed.pem"\n')
+
+    found = endpoint(Settings(server="127.0.0.1:2"), environ)
+
+    assert (found.key, found.ca_file, found.uses_tls) == (None, Path("/filed.pem"), True)
+
+
+def test_a_file_without_a_server_speaks_of_any(home: Path) -> None:
+    environ = write(home, 'key = "filed-key"\ninsecure = true\n')
+
     found = endpoint(Settings(server="said:2"), environ)
 
     assert (found.address, found.key, found.insecure) == ("said:2", "filed-key", True)

@@ -97,6 +97,14 @@ def test_an_update_sends_only_what_is_given(ask: Ask, fake: FakeTenantService, a
     assert [(field.name, value) for field, value in sent.quota.ListFields()] == [("adapter_bytes", 2**40)]
 
 
+def test_limits_are_lifted_by_name_and_others_set_at_once(ask: Ask, fake: FakeTenantService, address: str) -> None:
+    ask(address, "create_tenant", "acme", quota=Quota(adapters=3, training_jobs=1, weight=2.0))
+    changed = ask(address, "update_tenant", "acme", quota=Quota(adapters=4), lift=["training_jobs", "weight"])
+
+    assert list(fake.calls[-1][1].lift) == ["training_jobs", "weight"]
+    assert changed.quota == Quota(adapters=4, weight=1.0)
+
+
 def test_a_key_is_made_with_its_secret_listed_without_and_revoked(
     ask: Ask, fake: FakeTenantService, address: str
 ) -> None:
@@ -252,7 +260,9 @@ def test_the_key_goes_with_every_call(ask: Ask, fake: FakeTenantService, address
         (lambda: convert_tenants.get_tenant_request(cast(str, 5)), "id"),
         (lambda: convert_tenants.list_tenants_request(2**31), "page_size"),
         (lambda: convert_tenants.list_keys_request("a", -(2**40)), "page_size"),
-        (lambda: convert_tenants.update_tenant_request("a", None, None, "\ud800", None), "etag"),
+        (lambda: convert_tenants.update_tenant_request("a", None, None, (), "\ud800", None), "etag"),
+        (lambda: convert_tenants.update_tenant_request("a", None, None, ["\ud800"], None, None), "lift"),
+        (lambda: convert_tenants.update_tenant_request("a", None, None, cast(list[str], 5), None, None), "lift"),
         (lambda: convert_tenants.create_key_request("a", cast(Role, "king"), None, None), "role"),
         (lambda: convert_tenants.create_key_request("a", Role.USER, datetime(2030, 1, 1), None), "expire_time"),
         (lambda: convert_tenants.revoke_key_request("\ud800", None), "key_id"),

@@ -25,7 +25,8 @@ NO_REASONS = {
 }  # fmt: skip
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment
-    "KEY", "FILE",  # help
+    "KEY", "FILE", "QUOTA",  # help
+    "DNS",  # in certificates
     "GET",
 } | {code.name for code in grpc.StatusCode}  # fmt: skip
 

@@ -17,10 +17,18 @@ import typer
 from typer.core import TyperGroup
 
 from motley_client import cli_tenants
-from motley_client.cli_options import CaFileOption, InsecureOption, JsonOption, KeyOption, ServerOption, connect
+from motley_client.cli_options import (
+    CaFileOption,
+    InsecureOption,
+    JsonOption,
+    KeyOption,
+    ServerOption,
+    connect,
+    naming_ca_file,
+)
 from motley_client.endpoint import UNREACHABLE
 from motley_client.foreign import ForeignCommand, foreign_commands
-from motley_client.settings import SettingsError
+from motley_client.settings import Settings, SettingsError, endpoint
 from motley_client.types import ChatMessage, Generation, Sampling, Score, ServedBy, ServerInfo
 
 EXIT_FAILED = 1
@@ -172,6 +180,23 @@ def info(
         return
     for name, value in _info_rows(found):
         typer.echo(f"{name:<26}{value}")
+
+
+@app.command()
+def health(
+    server: ServerOption = None,
+    ca_file: CaFileOption = None,
+    insecure: InsecureOption = None,
+    timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="Seconds to wait for the answer.")] = 4.0,
+) -> None:
+    """Print whether the server serves, and exit with 1 if it does not; needs no key."""
+    found = endpoint(Settings(server, None, ca_file, insecure), os.environ)
+    from motley_client.health import is_serving
+
+    with naming_ca_file():
+        serves = is_serving(found, timeout)
+    typer.echo("serving" if serves else "not serving")
+    raise typer.Exit(0 if serves else EXIT_FAILED)
 
 
 @app.command()

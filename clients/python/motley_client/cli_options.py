@@ -6,6 +6,8 @@ Owns how those flags are called (scripts rely on it). Loads gRPC only to connect
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +32,17 @@ InsecureOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+@contextmanager
+def naming_ca_file() -> Iterator[None]:
+    """Turn what is wrong with a CA file into a SettingsError."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}", field="ca_file") from error
+    except ValueError as error:
+        raise SettingsError(str(error), field="ca_file") from error
+
+
 def connect(server: str | None, key: str | None, ca_file: str | None, insecure: bool | None) -> Client:
     """Make a client of what the flags, the environment and the config file say.
 
@@ -38,9 +51,5 @@ def connect(server: str | None, key: str | None, ca_file: str | None, insecure: 
     from motley_client.client import Client
 
     found = endpoint(Settings(server, key, ca_file, insecure), os.environ)
-    try:
+    with naming_ca_file():
         return Client(found.address, found.key, ca_file=found.ca_file, insecure=found.insecure)
-    except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}", field="ca_file") from error
-    except ValueError as error:
-        raise SettingsError(str(error), field="ca_file") from error

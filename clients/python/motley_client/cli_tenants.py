@@ -43,6 +43,25 @@ WeightOption = Annotated[
 ]
 
 
+def read_quota_name(text: str) -> str:
+    """Return the field of Quota that a flag's name such as `tokens-per-minute` means.
+
+    Raises: typer.BadParameter for a text that names none.
+    """
+    known = [field.name for field in fields(Quota)]
+    if (name := text.replace("-", "_")) not in known:
+        raise typer.BadParameter(f"{text!r} is no quota; these are: {', '.join(known).replace('_', '-')}")
+    return name
+
+
+LiftOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lift", metavar="QUOTA", parser=read_quota_name, help="Limit no more: tokens-per-minute; may be repeated."
+    ),
+]
+
+
 @app.command()
 def create(
     tenant: TenantArgument,
@@ -118,6 +137,7 @@ def update(
     tokens_per_minute: TokensOption = None,
     training_jobs: TrainingJobsOption = None,
     weight: WeightOption = None,
+    lift: LiftOption = None,
     etag: Annotated[
         str | None, typer.Option("--etag", help="Change it only if this is still its etag, as `show` tells it.")
     ] = None,
@@ -126,10 +146,10 @@ def update(
     quota = Quota(
         adapters, adapter_bytes, requests_in_flight, requests_per_minute, tokens_per_minute, training_jobs, weight
     )
-    if display_name is None and quota == Quota():
+    if display_name is None and quota == Quota() and not lift:
         raise typer.BadParameter("name at least one thing to change, such as --requests-per-minute 60")
     with connect(server, key, ca_file, insecure) as client:
-        _show(client.update_tenant(tenant, display_name=display_name, quota=quota, etag=etag))
+        _show(client.update_tenant(tenant, display_name=display_name, quota=quota, lift=lift or (), etag=etag))
 
 
 @app.command()

@@ -7,6 +7,7 @@ repeated change the same change. Knows nothing of channels. Pure functions but f
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -52,11 +53,17 @@ def list_tenants_request(page_size: int | None) -> tenant_pb2.ListTenantsRequest
 
 
 def update_tenant_request(
-    tenant_id: str, display_name: str | None, quota: Quota | None, etag: str | None, request_id: str | None
+    tenant_id: str,
+    display_name: str | None,
+    quota: Quota | None,
+    lift: Iterable[str],
+    etag: str | None,
+    request_id: str | None,
 ) -> tenant_pb2.UpdateTenantRequest:
     """Make a request to change what is given and leave the rest."""
     request = checked("id", tenant_pb2.UpdateTenantRequest, id=tenant_id)
     request.MergeFrom(checked("display_name", tenant_pb2.UpdateTenantRequest, display_name=display_name))
+    request.MergeFrom(checked("lift", tenant_pb2.UpdateTenantRequest, lift=lift))
     request.MergeFrom(checked("etag", tenant_pb2.UpdateTenantRequest, etag=etag))
     if quota is not None:
         request.quota.CopyFrom(_quota_message(quota))

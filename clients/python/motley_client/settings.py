@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,13 @@ def read_file(path: Path) -> Settings:
 def endpoint(said: Settings, environ: Mapping[str, str]) -> Endpoint:
     """Fill what flags and environment variables left open from the config file, and the rest by default.
 
-    Semantics: how a server is trusted is one choice: a said CA file sets a filed `insecure` aside, and the reverse.
+    Semantics: a filed `key` and `insecure` are for the filed server; another one that was said gets neither. How a
+    server is trusted is one choice: a said CA file sets a filed `insecure` aside, and the reverse.
     Raises: SettingsError for whatever makes no endpoint.
     """
     filed = read_file(config_path(environ))
+    if said.server and filed.server and said.server != filed.server:
+        filed = replace(filed, key=None, insecure=None)
     ca_file = said.ca_file if said.ca_file is not None or said.insecure else filed.ca_file
     insecure = said.insecure if said.insecure is not None or said.ca_file is not None else filed.insecure
     try:

@@ -6,7 +6,7 @@ end in `connection`. The caller's key needs the role `admin`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -66,12 +66,16 @@ class TenantCalls(Connection):
         *,
         display_name: str | None = None,
         quota: Quota | None = None,
+        lift: Iterable[str] = (),
         etag: str | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Tenant:
-        """Change what is given, and of the quota what is set; with `etag`, only if the tenant is as it was seen."""
-        request = convert.update_tenant_request(tenant_id, display_name, quota, etag, request_id)
+        """Change what is given, and of the quota what is set; with `etag`, only if the tenant is as it was seen.
+
+        Semantics: `lift` names fields of Quota that go back to no limit, or to the weight 1.
+        """
+        request = convert.update_tenant_request(tenant_id, display_name, quota, lift, etag, request_id)
         return convert.tenant(self._call(self._tenants.UpdateTenant, request, timeout).tenant)
 
     def delete_tenant(self, tenant_id: str, *, request_id: str | None = None, timeout: float | None = None) -> None:
@@ -154,12 +158,16 @@ class AsyncTenantCalls(AsyncConnection):
         *,
         display_name: str | None = None,
         quota: Quota | None = None,
+        lift: Iterable[str] = (),
         etag: str | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Tenant:
-        """Change what is given, and of the quota what is set; with `etag`, only if the tenant is as it was seen."""
-        request = convert.update_tenant_request(tenant_id, display_name, quota, etag, request_id)
+        """Change what is given, and of the quota what is set; with `etag`, only if the tenant is as it was seen.
+
+        Semantics: `lift` names fields of Quota that go back to no limit, or to the weight 1.
+        """
+        request = convert.update_tenant_request(tenant_id, display_name, quota, lift, etag, request_id)
         return convert.tenant((await self._call(self._tenants.UpdateTenant, request, timeout)).tenant)
 
     async def delete_tenant(

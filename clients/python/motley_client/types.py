@@ -247,7 +247,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Limits on a tenant; None is no limit in an answer, and left as it is in an update.
+    """Limits on a tenant; None is no limit in an answer, and in an update left as it is (`lift` takes one away).
 
     Semantics: `weight` is the tenant's share of the device beside others'; an answer always tells it.
     """

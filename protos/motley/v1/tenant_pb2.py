@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16motley/v1/tenant.proto\x12\tmotley.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x02\n\x05Quota\x12\x15\n\x08\x61\x64\x61pters\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x1a\n\radapter_bytes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x1f\n\x12requests_in_flight\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12 \n\x13requests_per_minute\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x1e\n\x11tokens_per_minute\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1a\n\rtraining_jobs\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x13\n\x06weight\x18\x07 \x01(\x01H\x06\x88\x01\x01\x42\x0b\n\t_adaptersB\x10\n\x0e_adapter_bytesB\x15\n\x13_requests_in_flightB\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minuteB\x10\n\x0e_training_jobsB\t\n\x07_weight\"\x8a\x01\n\x06Tenant\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1f\n\x05quota\x18\x03 \x01(\x0b\x32\x10.motley.v1.Quota\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"\xd6\x01\n\x03Key\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.motley.v1.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"l\n\x13\x43reateTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1f\n\x05quota\x18\x03 \x01(\x0b\x32\x10.motley.v1.Quota\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"9\n\x14\x43reateTenantResponse\x12!\n\x06tenant\x18\x01 \x01(\x0b\x32\x11.motley.v1.Tenant\"\x1e\n\x10GetTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\"6\n\x11GetTenantResponse\x12!\n\x06tenant\x18\x01 \x01(\x0b\x32\x11.motley.v1.Tenant\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x13ListTenantsResponse\x12\"\n\x07tenants\x18\x01 \x03(\x0b\x32\x11.motley.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9e\x01\n\x13UpdateTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x19\n\x0c\x64isplay_name\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x05quota\x18\x03 \x01(\x0b\x32\x10.motley.v1.Quota\x12\x11\n\x04\x65tag\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x0f\n\r_display_nameB\x07\n\x05_etag\"9\n\x14UpdateTenantResponse\x12!\n\x06tenant\x18\x01 \x01(\x0b\x32\x11.motley.v1.Tenant\"5\n\x13\x44\x65leteTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x16\n\x14\x44\x65leteTenantResponse\"\x89\x01\n\x10\x43reateKeyRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.motley.v1.Role\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"@\n\x11\x43reateKeyResponse\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.motley.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"K\n\x0fListKeysRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"I\n\x10ListKeysResponse\x12\x1c\n\x04keys\x18\x01 \x03(\x0b\x32\x0e.motley.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"0\n\x11RevokeKeyResponse\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.motley.v1.Key*`\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_PUBLISHER\x10\x02\x12\x0f\n\x0bROLE_WORKER\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\xed\x04\n\rTenantService\x12O\n\x0c\x43reateTenant\x12\x1e.motley.v1.CreateTenantRequest\x1a\x1f.motley.v1.CreateTenantResponse\x12\x46\n\tGetTenant\x12\x1b.motley.v1.GetTenantRequest\x1a\x1c.motley.v1.GetTenantResponse\x12L\n\x0bListTenants\x12\x1d.motley.v1.ListTenantsRequest\x1a\x1e.motley.v1.ListTenantsResponse\x12O\n\x0cUpdateTenant\x12\x1e.motley.v1.UpdateTenantRequest\x1a\x1f.motley.v1.UpdateTenantResponse\x12O\n\x0c\x44\x65leteTenant\x12\x1e.motley.v1.DeleteTenantRequest\x1a\x1f.motley.v1.DeleteTenantResponse\x12\x46\n\tCreateKey\x12\x1b.motley.v1.CreateKeyRequest\x1a\x1c.motley.v1.CreateKeyResponse\x12\x43\n\x08ListKeys\x12\x1a.motley.v1.ListKeysRequest\x1a\x1b.motley.v1.ListKeysResponse\x12\x46\n\tRevokeKey\x12\x1b.motley.v1.RevokeKeyRequest\x1a\x1c.motley.v1.RevokeKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16motley/v1/tenant.proto\x12\tmotley.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x02\n\x05Quota\x12\x15\n\x08\x61\x64\x61pters\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x1a\n\radapter_bytes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x1f\n\x12requests_in_flight\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12 \n\x13requests_per_minute\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x1e\n\x11tokens_per_minute\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1a\n\rtraining_jobs\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x13\n\x06weight\x18\x07 \x01(\x01H\x06\x88\x01\x01\x42\x0b\n\t_adaptersB\x10\n\x0e_adapter_bytesB\x15\n\x13_requests_in_flightB\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minuteB\x10\n\x0e_training_jobsB\t\n\x07_weight\"\x8a\x01\n\x06Tenant\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1f\n\x05quota\x18\x03 \x01(\x0b\x32\x10.motley.v1.Quota\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"\xd6\x01\n\x03Key\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.motley.v1.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"l\n\x13\x43reateTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1f\n\x05quota\x18\x03 \x01(\x0b\x32\x10.motley.v1.Quota\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"9\n\x14\x43reateTenantResponse\x12!\n\x06tenant\x18\x01 \x01(\x0b\x32\x11.motley.v1.Tenant\"\x1e\n\x10GetTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\"6\n\x11GetTenantResponse\x12!\n\x06tenant\x18\x01 \x01(\x0b\x32\x11.motley.v1.Tenant\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x13ListTenantsResponse\x12\"\n\x07tenants\x18\x01 \x03(\x0b\x32\x11.motley.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xac\x01\n\x13UpdateTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x19\n\x0c\x64isplay_name\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x05quota\x18\x03 \x01(\x0b\x32\x10.motley.v1.Quota\x12\x11\n\x04\x65tag\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0c\n\x04lift\x18\x06 \x03(\tB\x0f\n\r_display_nameB\x07\n\x05_etag\"9\n\x14UpdateTenantResponse\x12!\n\x06tenant\x18\x01 \x01(\x0b\x32\x11.motley.v1.Tenant\"5\n\x13\x44\x65leteTenantRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x16\n\x14\x44\x65leteTenantResponse\"\x89\x01\n\x10\x43reateKeyRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.motley.v1.Role\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"@\n\x11\x43reateKeyResponse\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.motley.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"K\n\x0fListKeysRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"I\n\x10ListKeysResponse\x12\x1c\n\x04keys\x18\x01 \x03(\x0b\x32\x0e.motley.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"0\n\x11RevokeKeyResponse\x12\x1b\n\x03key\x18\x01 \x01(\x0b\x32\x0e.motley.v1.Key*`\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_PUBLISHER\x10\x02\x12\x0f\n\x0bROLE_WORKER\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\xed\x04\n\rTenantService\x12O\n\x0c\x43reateTenant\x12\x1e.motley.v1.CreateTenantRequest\x1a\x1f.motley.v1.CreateTenantResponse\x12\x46\n\tGetTenant\x12\x1b.motley.v1.GetTenantRequest\x1a\x1c.motley.v1.GetTenantResponse\x12L\n\x0bListTenants\x12\x1d.motley.v1.ListTenantsRequest\x1a\x1e.motley.v1.ListTenantsResponse\x12O\n\x0cUpdateTenant\x12\x1e.motley.v1.UpdateTenantRequest\x1a\x1f.motley.v1.UpdateTenantResponse\x12O\n\x0c\x44\x65leteTenant\x12\x1e.motley.v1.DeleteTenantRequest\x1a\x1f.motley.v1.DeleteTenantResponse\x12\x46\n\tCreateKey\x12\x1b.motley.v1.CreateKeyRequest\x1a\x1c.motley.v1.CreateKeyResponse\x12\x43\n\x08ListKeys\x12\x1a.motley.v1.ListKeysRequest\x1a\x1b.motley.v1.ListKeysResponse\x12\x46\n\tRevokeKey\x12\x1b.motley.v1.RevokeKeyRequest\x1a\x1c.motley.v1.RevokeKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'motley.v1.tenant_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1931
-  _globals['_ROLE']._serialized_end=2027
+  _globals['_ROLE']._serialized_start=1945
+  _globals['_ROLE']._serialized_end=2041
   _globals['_QUOTA']._serialized_start=71
   _globals['_QUOTA']._serialized_end=406
   _globals['_TENANT']._serialized_start=409
@@ -53,25 +53,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTTENANTSRESPONSE']._serialized_start=1084
   _globals['_LISTTENANTSRESPONSE']._serialized_end=1166
   _globals['_UPDATETENANTREQUEST']._serialized_start=1169
-  _globals['_UPDATETENANTREQUEST']._serialized_end=1327
-  _globals['_UPDATETENANTRESPONSE']._serialized_start=1329
-  _globals['_UPDATETENANTRESPONSE']._serialized_end=1386
-  _globals['_DELETETENANTREQUEST']._serialized_start=1388
-  _globals['_DELETETENANTREQUEST']._serialized_end=1441
-  _globals['_DELETETENANTRESPONSE']._serialized_start=1443
-  _globals['_DELETETENANTRESPONSE']._serialized_end=1465
-  _globals['_CREATEKEYREQUEST']._serialized_start=1468
-  _globals['_CREATEKEYREQUEST']._serialized_end=1605
-  _globals['_CREATEKEYRESPONSE']._serialized_start=1607
-  _globals['_CREATEKEYRESPONSE']._serialized_end=1671
-  _globals['_LISTKEYSREQUEST']._serialized_start=1673
-  _globals['_LISTKEYSREQUEST']._serialized_end=1748
-  _globals['_LISTKEYSRESPONSE']._serialized_start=1750
-  _globals['_LISTKEYSRESPONSE']._serialized_end=1823
-  _globals['_REVOKEKEYREQUEST']._serialized_start=1825
-  _globals['_REVOKEKEYREQUEST']._serialized_end=1879
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=1881
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=1929
-  _globals['_TENANTSERVICE']._serialized_start=2030
-  _globals['_TENANTSERVICE']._serialized_end=2651
+  _globals['_UPDATETENANTREQUEST']._serialized_end=1341
+  _globals['_UPDATETENANTRESPONSE']._serialized_start=1343
+  _globals['_UPDATETENANTRESPONSE']._serialized_end=1400
+  _globals['_DELETETENANTREQUEST']._serialized_start=1402
+  _globals['_DELETETENANTREQUEST']._serialized_end=1455
+  _globals['_DELETETENANTRESPONSE']._serialized_start=1457
+  _globals['_DELETETENANTRESPONSE']._serialized_end=1479
+  _globals['_CREATEKEYREQUEST']._serialized_start=1482
+  _globals['_CREATEKEYREQUEST']._serialized_end=1619
+  _globals['_CREATEKEYRESPONSE']._serialized_start=1621
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1685
+  _globals['_LISTKEYSREQUEST']._serialized_start=1687
+  _globals['_LISTKEYSREQUEST']._serialized_end=1762
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1764
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1837
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1839
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1893
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1895
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1943
+  _globals['_TENANTSERVICE']._serialized_start=2044
+  _globals['_TENANTSERVICE']._serialized_end=2665
 # @@protoc_insertion_point(module_scope)

@@ -291,12 +291,17 @@ class UpdateTenantRequest(google.protobuf.message.Message):
     QUOTA_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    LIFT_FIELD_NUMBER: builtins.int
     id: builtins.str
     display_name: builtins.str
     etag: builtins.str
     request_id: builtins.str
     @property
     def quota(self) -> Global___Quota: ...
+    @property
+    def lift(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Fields of Quota, by name, that become unset: no limit, or the usual weight. INVALID_ARGUMENT for one that `quota` sets, too."""
+
     def __init__(
         self,
         *,
@@ -305,9 +310,10 @@ class UpdateTenantRequest(google.protobuf.message.Message):
         quota: Global___Quota | None = ...,
         etag: builtins.str | None = ...,
         request_id: builtins.str = ...,
+        lift: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_display_name", b"_display_name", "_etag", b"_etag", "display_name", b"display_name", "etag", b"etag", "quota", b"quota"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_display_name", b"_display_name", "_etag", b"_etag", "display_name", b"display_name", "etag", b"etag", "id", b"id", "quota", b"quota", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_display_name", b"_display_name", "_etag", b"_etag", "display_name", b"display_name", "etag", b"etag", "id", b"id", "lift", b"lift", "quota", b"quota", "request_id", b"request_id"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_display_name", b"_display_name"]) -> typing.Literal["display_name"] | None: ...
     @typing.overload

@@ -107,7 +107,7 @@ class TenantServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTenant(self, request, context):
-        """Replaces the quotas that are set. NOT_FOUND, ABORTED (etag).
+        """Replaces the quotas that are set and lifts those that are named, leaving the rest. NOT_FOUND, ABORTED (etag).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -241,7 +241,7 @@ class TenantServiceStub(typing.Generic[_TenantServiceCreateTenantType, _TenantSe
     """INVALID_ARGUMENT for a bad page token."""
 
     UpdateTenant: _TenantServiceUpdateTenantType
-    """Replaces the quotas that are set. NOT_FOUND, ABORTED (etag)."""
+    """Replaces the quotas that are set and lifts those that are named, leaving the rest. NOT_FOUND, ABORTED (etag)."""
 
     DeleteTenant: _TenantServiceDeleteTenantType
     """NOT_FOUND, FAILED_PRECONDITION while the tenant owns adapters."""
@@ -326,7 +326,7 @@ class TenantServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.tenant_pb2.UpdateTenantRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.tenant_pb2.UpdateTenantResponse, collections.abc.Awaitable[motley.v1.tenant_pb2.UpdateTenantResponse]]:
-        """Replaces the quotas that are set. NOT_FOUND, ABORTED (etag)."""
+        """Replaces the quotas that are set and lifts those that are named, leaving the rest. NOT_FOUND, ABORTED (etag)."""
 
     @abc.abstractmethod
     def DeleteTenant(

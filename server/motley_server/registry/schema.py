@@ -1,7 +1,7 @@
 """The registry's tables, and the version that a database says it has.
 
-It knows SQL's shapes, not what they mean: rules about tenants and keys live with their classes. Every statement runs
-inside a transaction that somebody else began, on the database's threads.
+It knows SQL's shapes, not what they mean: rules about tenants, keys and adapters live with their classes. Every
+statement runs inside a transaction that somebody else began, on the database's threads.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import secrets
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Column,
     Connection,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -113,6 +115,64 @@ requests = Table(
     Column("answer", Text, nullable=False),
     Column("answered_at", UtcTime, nullable=False),
     Index("requests_by_time", "answered_at"),
+)
+
+# A row outlives its last version, so that no number is given twice. Its owner is a tenant, or `public`, which is none.
+adapters = Table(
+    "adapters",
+    METADATA,
+    Column("owner", _Id, primary_key=True),
+    Column("name", _Id, primary_key=True),
+    Column("visibility", String(16), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+adapter_versions = Table(
+    "adapter_versions",
+    METADATA,
+    Column("owner", _Id, primary_key=True),
+    Column("name", _Id, primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("digest", String(71), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("trained_on", Text, nullable=False),
+    Column("serves_on", Text, nullable=False),
+    Column("ranks", JSON, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("device_bytes", BigInteger, nullable=False),
+    Column("bundle", String(71), nullable=False),
+    Column("files", JSON, nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("deleted_at", UtcTime),
+    ForeignKeyConstraint(["owner", "name"], ["adapters.owner", "adapters.name"], ondelete="CASCADE"),
+)
+
+aliases = Table(
+    "aliases",
+    METADATA,
+    Column("owner", _Id, primary_key=True),
+    Column("name", _Id, primary_key=True),
+    Column("alias", _Id, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("previous_version", BigInteger),
+    Column("etag", String(32), nullable=False),
+    ForeignKeyConstraint(["owner", "name"], ["adapters.owner", "adapters.name"], ondelete="CASCADE"),
+    ForeignKeyConstraint(
+        ["owner", "name", "version"],
+        ["adapter_versions.owner", "adapter_versions.name", "adapter_versions.version"],
+    ),
+)
+
+shares = Table(
+    "shares",
+    METADATA,
+    Column("owner", _Id, primary_key=True),
+    Column("name", _Id, primary_key=True),
+    Column("tenant", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    ForeignKeyConstraint(["owner", "name"], ["adapters.owner", "adapters.name"], ondelete="CASCADE"),
+    Index("shares_by_tenant", "tenant", "owner", "name"),
 )
 
 

@@ -26,6 +26,7 @@ from motley_server.errors import (
 from motley_server.registry import pages
 from motley_server.registry.catalog import PUBLIC_OWNER
 from motley_server.registry.database import Database
+from motley_server.registry.holdings import forget_adapters, has_adapters
 from motley_server.registry.idempotency import Answer, Request, forget_scope
 from motley_server.registry.names import LOCAL_TENANT, NAME_RULE, is_name
 from motley_server.registry.records import Page, Quota, Tenant
@@ -139,10 +140,11 @@ class Tenants:
             return tenant
 
     def delete(self, id: str, *, request_id: str = "", scope: str = "") -> None:
-        """Remove a tenant and its keys, which count no more from now on.
+        """Remove a tenant and its keys, which count no more from now on; not one who still has adapters.
 
-        Raises: NotFoundError (reason=TENANT_NOT_FOUND); FailedPreconditionError (reason=TENANT_NEEDED) for `local`;
-        InvalidArgumentError (reason=INVALID_REQUEST_ID); AlreadyExistsError (reason=REQUEST_ID_REUSED).
+        Raises: NotFoundError (reason=TENANT_NOT_FOUND); FailedPreconditionError (reason=TENANT_NEEDED for `local`, or
+        TENANT_OWNS_ADAPTERS); InvalidArgumentError (reason=INVALID_REQUEST_ID); AlreadyExistsError
+        (reason=REQUEST_ID_REUSED).
         """
         request = Request.of("tenants.delete", scope, request_id, id=id)
         with self._database.writing() as connection:
@@ -153,6 +155,10 @@ class Tenants:
             if id == LOCAL_TENANT:
                 message = f"tenant {id!r} is who calls without a key, and stays"
                 raise FailedPreconditionError(message, reason="TENANT_NEEDED", field="id")
+            if has_adapters(connection, id):
+                message = f"tenant {id!r} has adapters, which others may use: delete their versions first"
+                raise FailedPreconditionError(message, reason="TENANT_OWNS_ADAPTERS", field="id")
+            forget_adapters(connection, id)
             forget_scope(connection, id)
             connection.execute(delete(tenants).where(tenants.c.id == id))
             request.keep_answer(connection, now, {})

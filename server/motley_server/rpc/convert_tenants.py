@@ -39,6 +39,25 @@ def set_fields(message: tenant_pb2.Quota) -> list[str]:
     return [name for name in QUOTA_FIELDS if message.HasField(name)]  # type: ignore[arg-type]
 
 
+def changed_fields(request: tenant_pb2.UpdateTenantRequest) -> list[str]:
+    """Return the names of the quota's fields that an update sets or lifts.
+
+    Raises: InvalidArgumentError (reason=OUT_OF_RANGE, UNKNOWN_QUOTA or SET_AND_LIFTED).
+    """
+    if len(request.lift) > len(QUOTA_FIELDS):
+        message = f"{len(request.lift)} items; {len(QUOTA_FIELDS)} are allowed"
+        raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="lift")
+    fields = set_fields(request.quota)
+    for index, name in enumerate(request.lift):
+        if name not in QUOTA_FIELDS:
+            message = f"{name[:140]!r} is no quota; these are: {', '.join(QUOTA_FIELDS)}"
+            raise InvalidArgumentError(message, reason="UNKNOWN_QUOTA", field=f"lift[{index}]")
+        if name in fields:
+            message = f"{name!r} is set and lifted by one request"
+            raise InvalidArgumentError(message, reason="SET_AND_LIFTED", field=f"lift[{index}]")
+    return [*fields, *request.lift]
+
+
 def quota_to(quota: Quota) -> tenant_pb2.Quota:
     """Write a quota; no limit is an unset field."""
     values: dict[str, Any] = {name: getattr(quota, name) for name in QUOTA_FIELDS}

@@ -17,7 +17,7 @@ from motley_server.registry.database import Database
 from motley_server.registry.keys import Keys
 from motley_server.registry.tenants import Tenants
 from motley_server.rpc.call import current_caller
-from motley_server.rpc.convert_tenants import expiry_from, key_to, quota_from, role_from, set_fields, tenant_to
+from motley_server.rpc.convert_tenants import changed_fields, expiry_from, key_to, quota_from, role_from, tenant_to
 from motley_server.rpc.identity import TenantQuotas
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -72,13 +72,14 @@ class TenantService(tenant_pb2_grpc.TenantServiceServicer):
     async def UpdateTenant(  # noqa: N802
         self, request: tenant_pb2.UpdateTenantRequest, context: Context
     ) -> tenant_pb2.UpdateTenantResponse:
-        """Change a tenant's name, or those of its quotas that are set."""
+        """Change a tenant's name, or those of its quotas that are set or lifted."""
+        fields = changed_fields(request)
         tenant = await self._run(
             self._tenants.update,
             request.id,
             display_name=request.display_name if request.HasField("display_name") else None,
-            quota=quota_from(request.quota) if request.HasField("quota") else None,
-            quota_fields=set_fields(request.quota),
+            quota=quota_from(request.quota) if fields else None,
+            quota_fields=fields,
             etag=request.etag if request.HasField("etag") else None,
             **self._once(request),
         )

@@ -1,0 +1,52 @@
+"""What an owner of adapters holds: how many, of how many bytes, and whether there is room for more.
+
+Each version counts with all its bytes, also where several share their files: what others store moves nobody's quota.
+It knows no transactions but those that others began, on the database's threads.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, delete, exists, func, select
+
+from motley_server.errors import ResourceExhaustedError
+from motley_server.registry.records import Quota
+from motley_server.registry.schema import adapter_versions, adapters
+from motley_server.registry.visibility import IS_THERE, is_of
+
+
+def has_adapters(connection: Connection, owner: str) -> bool:
+    """Tell whether an owner has any version that was not deleted."""
+    return bool(connection.execute(select(exists().where(adapter_versions.c.owner == owner, IS_THERE))).scalar())
+
+
+def forget_adapters(connection: Connection, owner: str) -> None:
+    """Forget the numbers that an owner's deleted versions had; their name may be another's one day."""
+    connection.execute(delete(adapters).where(adapters.c.owner == owner))
+
+
+def has_version(connection: Connection, owner: str, name: str) -> bool:
+    """Tell whether an adapter has any version that was not deleted."""
+    of_name = exists().where(is_of(adapter_versions, owner, name), IS_THERE)
+    return bool(connection.execute(select(of_name)).scalar())
+
+
+def check_room(connection: Connection, owner: str, name: str, size_bytes: int, quota: Quota) -> None:
+    """Refuse one more version that an owner's quota has no room for.
+
+    Raises: ResourceExhaustedError (reason=QUOTA_ADAPTERS or QUOTA_ADAPTER_BYTES).
+    """
+    if quota.adapters is not None and not has_version(connection, owner, name):
+        names = select(adapter_versions.c.name).where(adapter_versions.c.owner == owner, IS_THERE).distinct()
+        held = connection.execute(select(func.count()).select_from(names.subquery())).scalar_one()
+        if held >= quota.adapters:
+            message = f"{owner!r} has {held} adapters, of {quota.adapters} that its quota allows"
+            raise ResourceExhaustedError(message, reason="QUOTA_ADAPTERS", field="quota.adapters")
+    if quota.adapter_bytes is not None:
+        total = select(func.coalesce(func.sum(adapter_versions.c.size_bytes), 0))
+        used = int(connection.execute(total.where(adapter_versions.c.owner == owner, IS_THERE)).scalar_one())
+        if used + size_bytes > quota.adapter_bytes:
+            message = (
+                f"{owner!r} has adapters of {used} bytes; {size_bytes} more are over the {quota.adapter_bytes} that "
+                "its quota allows"
+            )
+            raise ResourceExhaustedError(message, reason="QUOTA_ADAPTER_BYTES", field="quota.adapter_bytes")

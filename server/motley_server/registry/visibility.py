@@ -1,0 +1,53 @@
+"""Who may see which adapter, as conditions of the query that looks it up.
+
+What is missing, what was deleted and what is another's differ in nothing but the rows that the one query does not
+find: there is no second look that could tell them apart. It knows no names as they are written. Nothing here runs: it
+is put together on the database's threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, FromClause, Select, and_, exists, func, or_, select
+
+from motley_server.registry.catalog import PUBLIC_OWNER
+from motley_server.registry.records import Visibility
+from motley_server.registry.schema import adapter_versions, adapters, shares
+
+IS_THERE = adapter_versions.c.deleted_at.is_(None)
+
+
+def is_of(table: FromClause, owner: str | ColumnElement[str], name: str | ColumnElement[str]) -> ColumnElement[bool]:
+    """Tell which rows of a table belong to one adapter."""
+    return and_(table.c.owner == owner, table.c.name == name)
+
+
+def is_visible(tenant_id: str) -> ColumnElement[bool]:
+    """Tell which adapters a tenant may use: its own, everybody's, and those that are shared with it."""
+    is_shared = exists().where(is_of(shares, adapters.c.owner, adapters.c.name), shares.c.tenant == tenant_id)
+    return or_(
+        adapters.c.owner.in_((tenant_id, PUBLIC_OWNER)), adapters.c.visibility == Visibility.PUBLIC.value, is_shared
+    )
+
+
+def versions_seen_by(tenant_id: str) -> Select[Any]:
+    """Select the versions that a tenant may use."""
+    joined = adapter_versions.join(adapters, is_of(adapters, adapter_versions.c.owner, adapter_versions.c.name))
+    return select(adapter_versions).select_from(joined).where(IS_THERE, is_visible(tenant_id))
+
+
+def latest_seen_by(tenant_id: str) -> Select[Any]:
+    """Select each adapter that a tenant may use as its newest version, with `visibility` and `adapter_created_at`."""
+    others = adapter_versions.alias()
+    newest = (
+        select(func.max(others.c.version))
+        .where(is_of(others, adapters.c.owner, adapters.c.name), others.c.deleted_at.is_(None))
+        .correlate(adapters)
+        .scalar_subquery()
+    )
+    return (
+        versions_seen_by(tenant_id)
+        .where(adapter_versions.c.version == newest)
+        .add_columns(adapters.c.visibility, adapters.c.created_at.label("adapter_created_at"))
+    )
