@@ -164,6 +164,8 @@ TYPED_ERRORS: list[tuple[errors.MotleyError, Code]] = [
     (errors.AbortedError("m", reason="R", field="f"), Code.ABORTED),
     (errors.FailedPreconditionError("m", reason="R", field="f"), Code.FAILED_PRECONDITION),
     (errors.ResourceExhaustedError("m", reason="QUEUE_FULL", retry_after_seconds=1.5), Code.RESOURCE_EXHAUSTED),
+    (errors.OutOfRangeError("m", reason="R", field="f"), Code.OUT_OF_RANGE),
+    (errors.DataLossError("m", reason="R", field="f"), Code.DATA_LOSS),
     (errors.DeadlineExceededError("m", reason="R"), Code.DEADLINE_EXCEEDED),
     (errors.CancelledRequestError("m", reason="R"), Code.CANCELLED),
     (errors.UnavailableError("m", reason="R", retry_after_seconds=2.0), Code.UNAVAILABLE),
