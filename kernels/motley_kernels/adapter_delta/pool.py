@@ -20,13 +20,13 @@ ALIGNMENT = 256
 class UnitPool:
     """Memory for units: factors in one dtype, channels int32, routers float32."""
 
-    def __init__(self, num_bytes: int, *, device: torch.device, dtype: torch.dtype, pinned: bool = False) -> None:
+    def __init__(self, num_bytes: int, *, device: torch.device, dtype: torch.dtype) -> None:
         self.num_bytes = num_bytes
         self.dtype = dtype
         self.device = device
         # Outside inference mode, so that either mode may write.
         with torch.inference_mode(False):
-            self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+            self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
     def extent_bytes(self, units: Sequence[DeltaUnit]) -> int:
         """Return the bytes of an extent that holds these units."""
