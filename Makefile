@@ -64,7 +64,7 @@ test: install ## The tests; those of the kernels, and of Triton's interpreter, i
 	$(BIN)/python -m pytest tests/kernels_triton
 
 soak: install ## The tests that take minutes
-	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=900 tests/integration || test $$? -eq 5 # 5: there are none
+	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=900 tests/unit tests/integration || test $$? -eq 5 # 5: there are none
 
 bench: install ## The measurements on this machine, beside their peers
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v '_gpu\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from motley_server.adapter_sets import AdapterSets
 from motley_server.admission import Admission, AdmissionLimits
 from motley_server.asked import AskedAdapter, AskedGeneration, AskedSampling, Caller, TextPrompt
 from motley_server.quotas import Quotas
 from motley_server.registry.records import Quota
-from rpc_harness import CONTEXT, LeaseBook, LetterTokenizer, count_overlaps, make_base, make_catalog
+from rpc_harness import CONTEXT, LeaseBook, LetterTokenizer, PaperLibrary, make_base
 from scripted_engine import ScriptedEngine
 
 
@@ -37,17 +38,25 @@ class Door:
     leases: LeaseBook
     refusals: Refusals
     quotas: Quotas
+    library: PaperLibrary
     admission: Admission
+    folder: TemporaryDirectory[str]
+
+    async def close(self) -> None:
+        """Give back what it stands on."""
+        self.admission.close()
+        await self.library.stop()
+        self.folder.cleanup()
 
 
 def open_door(*, has_template: bool = True) -> Door:
     """Make one on the running event loop."""
-    engine, leases, refusals = ScriptedEngine(), LeaseBook(), Refusals()
+    engine, leases, refusals, folder = ScriptedEngine(), LeaseBook(), Refusals(), TemporaryDirectory()
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes=1000, default_max_new_tokens=8)
     tokenizer = LetterTokenizer(has_template=has_template)
-    sets, quotas = AdapterSets(make_catalog(), count_overlaps), Quotas(refusals, lambda: 0)
-    admission = Admission(engine, make_base(), tokenizer, sets, leases, limits, refusals, quotas)
-    return Door(engine, tokenizer, leases, refusals, quotas, admission)
+    library, quotas = PaperLibrary(Path(folder.name), engine, leases), Quotas(refusals, lambda: 0)
+    admission = Admission(engine, make_base(), tokenizer, library.sets, limits, refusals, quotas)
+    return Door(engine, tokenizer, leases, refusals, quotas, library, admission, folder)
 
 
 def caller(deadline: float | None = None, quota: Quota | None = None) -> Caller:

@@ -30,24 +30,26 @@ class BreakingDisk(Disk):
     unsafe_names: list[tuple[Path | None, Path]] = field(default_factory=list)  # what it was before, if anything
     safe_bytes: dict[int, int] = field(default_factory=dict)  # by inode
 
-    def _change(self, what: str) -> None:
+    def reach(self, what: str) -> None:
+        """Count a change, of this disk or of something beside it, and stop there if it is the chosen one."""
         self.changes.append(what)
         if self.stop_at is not None and len(self.changes) > self.stop_at:
             raise Crash(what)
 
     def make_folder(self, folder: int, name: str) -> None:
-        self._change(f"make_folder {name}")
+        self.reach(f"make_folder {name}")
         Disk.make_folder(self, folder, name)
         self.unsafe_names.append((None, path_of(folder) / name))
 
     def make_file(self, folder: int, name: str) -> None:
-        self._change(f"make_file {name}")
+        self.reach(f"make_file {name}")
         Disk.make_file(self, folder, name)
         self.unsafe_names.append((None, path_of(folder) / name))
+        self.safe_bytes[os.lstat(name, dir_fd=folder).st_ino] = 0  # a number that a removed file may have had
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         try:
-            self._change("write")
+            self.reach("write")
         except Crash:
             if len(self.changes) - 1 == self.stop_at:
                 Disk.write(self, file, data[: len(data) // 2], offset)
@@ -56,26 +58,28 @@ class BreakingDisk(Disk):
         return Disk.write(self, file, data, offset)
 
     def truncate(self, file: int, size_bytes: int) -> None:
-        self._change("truncate")
+        self.reach("truncate")
         Disk.truncate(self, file, size_bytes)
 
     def fsync(self, file: int) -> None:
         path = path_of(file)
-        self._change(f"fsync {path.name}")
+        self.reach(f"fsync {path.name}")
         Disk.fsync(self, file)
         if path.is_dir():
-            self.unsafe_names = [(old, new) for old, new in self.unsafe_names if new.parent != path]
+            unsafe = [(old, new) for old, new in self.unsafe_names if new.parent != path]
+            # What is safely gone from one folder and not yet safe in the other may be in neither.
+            self.unsafe_names = [(None if old is not None and old.parent == path else old, new) for old, new in unsafe]
         else:
             self.safe_bytes[os.fstat(file).st_ino] = os.fstat(file).st_size
 
     def rename(self, folder: int, name: str, new_folder: int, new_name: str) -> None:
-        self._change(f"rename {name}")
+        self.reach(f"rename {name}")
         Disk.rename(self, folder, name, new_folder, new_name)
         self.unsafe_names.append((path_of(folder) / name, path_of(new_folder) / new_name))
 
     def remove(self, folder: int, name: str) -> None:
         try:
-            self._change("remove")
+            self.reach("remove")
         except Crash:
             if len(self.changes) - 1 == self.stop_at:
                 self._remove_one_file(path_of(folder) / name)

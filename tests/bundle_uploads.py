@@ -71,7 +71,7 @@ def paths_in(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-EMPTY = ["bundles", "staging", "trash"]
+EMPTY = ["bundles", "lock", "staging", "trash"]
 
 
 def main(root: Path) -> None:

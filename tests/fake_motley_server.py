@@ -151,7 +151,6 @@ class FakeServer(InferenceServiceServicer, ServerServiceServicer):
             base_fingerprint=BASE_FINGERPRINT,
             adapter_kinds=["lora"],
             limits=server_pb2.Limits(context_length=256),
-            adapters=[_served("reverse", 1.0)],
         )
 
     def GetCapacity(self, request: server_pb2.GetCapacityRequest, context: Any) -> server_pb2.GetCapacityResponse:

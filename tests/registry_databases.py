@@ -18,6 +18,7 @@ from motley_server.registry.adapters import Adapters
 from motley_server.registry.database import Database
 from motley_server.registry.keys import Keys
 from motley_server.registry.tenants import Tenants
+from motley_server.registry.uploads import Uploads
 from sqlalchemy import create_engine, make_url, text
 
 START = datetime(2026, 3, 29, 0, 59, 59, 123_457, tzinfo=UTC)
@@ -118,3 +119,9 @@ def keys(database: Database) -> Keys:
 def adapters(database: Database) -> Adapters:
     """Return its adapters."""
     return Adapters(database)
+
+
+@pytest.fixture
+def uploads(database: Database) -> Uploads:
+    """Return its uploads."""
+    return Uploads(database)

@@ -33,6 +33,13 @@ class ScriptedEngine:
         self.submitted: list[GenerateRequest] = []
         self.num_ends: Counter[str] = Counter()
         self.cancelled: list[str] = []
+        self.cancel_errors: dict[str, MotleyError] = {}  # by request, what `cancel` ended it with
+        self.on_device: set[str] = set()  # digests
+        self.kept: list[str] = []  # digests, in the order in which they came to be kept
+        self.forgotten: list[str] = []  # digests
+        self.keep_refusal: MotleyError | None = None  # raised by keep
+        self.may_keep = asyncio.Event()  # keep waits for it
+        self.may_keep.set()
         self.refusal: MotleyError | None = None  # raised by submit
         self.failure: MotleyError | None = None  # the second event of every request
         self.fault: Exception | None = None  # raised by submit: no MotleyError
@@ -43,7 +50,7 @@ class ScriptedEngine:
         self.may_step.set()
         self._reader_queue_events = reader_queue_events
         self._streams: dict[str, RequestEventStream] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._is_draining = False
 
     @property
@@ -65,9 +72,35 @@ class ScriptedEngine:
         self.submitted.append(request)
         self._streams[request.request_id] = stream
         task = asyncio.get_running_loop().create_task(self._play(request, stream))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[request.request_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
         return stream
+
+    def cancel(self, request_id: str, error: MotleyError) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._tasks[request_id].cancel()
+            self.cancelled.append(request_id)
+            self.cancel_errors[request_id] = error
+            stream.push(RequestEvent(request_id, error=error))
+
+    async def keep(self, digest: str) -> None:
+        await self.may_keep.wait()
+        if self.keep_refusal is not None:
+            raise self.keep_refusal
+        self.on_device.add(digest)
+        if digest not in self.kept:
+            self.kept.append(digest)
+
+    def unkeep(self, digest: str) -> None:
+        if digest in self.kept:
+            self.kept.remove(digest)
+
+    def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
+
+    def is_on_device(self, digest: str) -> bool:
+        return digest in self.on_device
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -90,7 +123,7 @@ class ScriptedEngine:
         self._is_draining = True
         present = list(self._streams)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+            await asyncio.wait(self._tasks.values(), timeout=timeout_seconds)
         left = [request_id for request_id in present if request_id in self._streams]
         self.cancelled.extend(left)
         self.may_step.set()
@@ -112,7 +145,7 @@ class ScriptedEngine:
     async def stop(self) -> None:
         self._is_draining = True
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks.values())
 
     async def _play(self, request: GenerateRequest, stream: RequestEventStream) -> None:
         events = [_scored(request)] if request.prompt_logprobs else _letters(request, self.padding)

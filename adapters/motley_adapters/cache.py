@@ -97,22 +97,29 @@ class AdapterCache:
         self._nbytes = 0
 
     def put(self, adapter: Adapter) -> None:
-        """Make an adapter known, and hold it as far as the budget allows; one that is known already changes nothing.
+        """Make an adapter known, and hold it as far as the budget allows; one that is held already changes nothing.
 
         Raises: CapacityError with reason ADAPTER_BYTES_EXHAUSTED if it does not fit and could not come back.
         """
-        digest = adapter.spec.digest
-        outline = outline_of(adapter)
+        outline = outline_of(adapter.parts)
         with self._lock:
-            if digest in self._entries:
-                return
-            entry = self._entries[digest] = _Entry(adapter.spec, outline)
+            entry = self._introduce(adapter.spec, outline)
             self._hold(entry, adapter)
             if entry.adapter is None and self._source is None:
-                del self._entries[digest]
+                del self._entries[adapter.spec.digest]
                 lacking = sum(part.nbytes for part in self._parts_to_add(adapter))
                 message = f"the adapter takes {lacking} bytes; {self._nbytes} of {self.budget_bytes} bytes are taken"
                 raise CapacityError(message, reason="ADAPTER_BYTES_EXHAUSTED")
+
+    def introduce(self, spec: AdapterSpec, outline: Outline) -> None:
+        """Make an adapter known without holding it; one that is known already changes nothing.
+
+        Raises: ValueError without a source, which alone could bring it.
+        """
+        if self._source is None:
+            raise ValueError(f"{spec.digest} is introduced to a cache without a source")
+        with self._lock:
+            self._introduce(spec, outline)
 
     def acquire(self, digest: str) -> Lease:
         """Lease a known adapter.
@@ -180,6 +187,12 @@ class AdapterCache:
             self._order.forget(digest)
             del self._entries[digest]
 
+    def is_in_memory(self, digest: str) -> bool:
+        """Tell whether an adapter is in host memory just now; one that is not known is not."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            return entry is not None and entry.adapter is not None
+
     def in_memory(self) -> list[Adapter]:
         """Return the adapters that are in host memory just now."""
         with self._lock:
@@ -219,6 +232,9 @@ class AdapterCache:
             nbytes = sum(held.part.nbytes for held in self._parts.values())
             if nbytes != self._nbytes or nbytes > self.budget_bytes:
                 raise RuntimeError(f"{nbytes} bytes are held, the ledger says {self._nbytes} of {self.budget_bytes}")
+
+    def _introduce(self, spec: AdapterSpec, outline: Outline) -> _Entry:
+        return self._entries.setdefault(spec.digest, _Entry(spec, outline))
 
     def _read(self, digest: str) -> Adapter:
         if self._source is None:

@@ -1,17 +1,19 @@
 """Adapters that live in directories of this machine, as the source from which they come back.
 
-It remembers where each digest was read, and reads there again through the one door. Filled before serving; loads on the
-loader's thread.
+It remembers where each digest was found, in one place or in several, and reads there again through the one door. It
+knows no names and no tenants, and removes nothing. Any thread but the event loop's and the engine's; nothing is read
+under the lock.
 """
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from motley_bases.spec import BaseSpec
 
 from motley_adapters.errors import AdapterError, AdapterLoadError
-from motley_adapters.reader import read_adapter
+from motley_adapters.reader import Inspection, inspect_adapter, read_adapter
 from motley_adapters.spec import Adapter, BaseTensor
 
 
@@ -22,28 +24,76 @@ class AdapterDirectories:
         self._base = base
         self._base_tensor = base_tensor
         self._residuals = residuals
-        self._directories: dict[str, Path] = {}
+        self._lock = threading.Lock()
+        self._directories: dict[str, list[Path]] = {}  # of each digest, the last remembered at the end
 
     def read(self, directory: Path) -> Adapter:
-        """Read a directory, and remember it as the place of what it holds.
+        """Read a directory, and remember it as a place of what it holds.
 
         Raises: AdapterFormatError, AdapterMismatchError.
         """
         adapter = self._read(directory)
-        self._directories[adapter.spec.digest] = directory
+        self.remember(adapter.spec.digest, directory)
         return adapter
 
-    def load(self, digest: str) -> Adapter:
-        """Read what lies now where this digest was read.
+    def inspect(self, directory: Path) -> Inspection:
+        """Check a directory without keeping its tensors, and remember it as a place of what it holds.
 
-        Raises: AdapterLoadError with reason ADAPTER_UNREADABLE.
+        Semantics: for directories that nobody else writes to (see `inspect_adapter`).
+        Raises: AdapterFormatError, AdapterMismatchError.
         """
+        inspection = inspect_adapter(directory, self._base, base_tensor=self._base_tensor, residuals=self._residuals)
+        self.remember(inspection.spec.digest, directory)
+        return inspection
+
+    def remember(self, digest: str, directory: Path) -> None:
+        """Remember a directory as a place of a digest, and the first to look at; nothing is read."""
+        with self._lock:
+            directories = self._directories.setdefault(digest, [])
+            if directory in directories:
+                directories.remove(directory)
+            directories.append(directory)
+
+    def forget(self, directory: Path) -> frozenset[str]:
+        """Forget a directory, and return the digests that have no place any more."""
+        with self._lock:
+            for directories in self._directories.values():
+                if directory in directories:
+                    directories.remove(directory)
+            homeless = frozenset(digest for digest, directories in self._directories.items() if not directories)
+            for digest in homeless:
+                del self._directories[digest]
+            return homeless
+
+    def load(self, digest: str) -> Adapter:
+        """Read what lies now where this digest was found, the place remembered last first.
+
+        Raises: AdapterLoadError with reason ADAPTER_UNREADABLE, or ADAPTER_CHANGED where another adapter lies now, as
+        the first place tried has it.
+        """
+        with self._lock:
+            directories = tuple(reversed(self._directories.get(digest, ())))
+        first_error: AdapterLoadError | None = None
+        for directory in directories:
+            try:
+                return self._read_again(digest, directory)
+            except AdapterLoadError as error:
+                first_error = first_error or error
+        if first_error is None:
+            first_error = AdapterLoadError(f"{digest} was found in no directory", reason="ADAPTER_UNREADABLE")
+        raise first_error
+
+    def _read_again(self, digest: str, directory: Path) -> Adapter:
         try:
-            return self._read(self._directories[digest])
-        except (AdapterError, OSError, KeyError) as error:
+            adapter = self._read(directory)
+        except (AdapterError, OSError) as error:
             said = error.message if isinstance(error, AdapterError) else str(error)
             message = f"{digest} cannot be read again: {said}"
             raise AdapterLoadError(message, reason="ADAPTER_UNREADABLE") from error
+        if adapter.spec.digest != digest:
+            message = f"what was {digest} holds {adapter.spec.digest} now"
+            raise AdapterLoadError(message, reason="ADAPTER_CHANGED")
+        return adapter
 
     def _read(self, directory: Path) -> Adapter:
         return read_adapter(directory, self._base, base_tensor=self._base_tensor, residuals=self._residuals)

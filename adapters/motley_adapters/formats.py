@@ -7,9 +7,13 @@ nothing of tensors or kinds. Any thread may run it; reading blocks, so the event
 from __future__ import annotations
 
 import errno
+import io
 import json
+import mmap
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +27,9 @@ PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "p
 
 MAX_JSON_BYTES = 1 << 20
 MAX_TENSOR_FILE_BYTES = 4 << 30
+
+FileReader = Callable[[Path, str, int], bytearray | mmap.mmap]
+"""How a file's bytes are had, given its directory, its name and their bound: `read_file` or `map_file`."""
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not make us wait for a writer
 
@@ -38,6 +45,33 @@ def read_file(directory: Path, name: str, max_bytes: int) -> bytearray:
     Raises: AdapterFormatError with reason MISSING_FILE, SYMLINK_REFUSED, NOT_A_REGULAR_FILE, FILE_TOO_LARGE or
     UNREADABLE_FILE; the field is the file's name.
     """
+    with _opened(directory, name, max_bytes) as (file, num_bytes):
+        content = bytearray(num_bytes)
+        if file.readinto(content) != num_bytes:
+            raise _changed_error(name)
+        return content
+
+
+def map_file(directory: Path, name: str, max_bytes: int) -> bytearray | mmap.mmap:
+    """Map one regular file of a directory, so that its bytes take no memory of this process's own.
+
+    Semantics: private: writing to the mapping reaches no file. It lasts as long as anything refers to it.
+    Effects: whoever shortens a mapped file ends this process when the missing bytes are touched, and whoever overwrites
+    it changes what was checked: for directories that this process alone writes to.
+    Raises: as `read_file`.
+    """
+    with _opened(directory, name, max_bytes) as (file, num_bytes):
+        if num_bytes == 0:
+            return bytearray()  # nothing cannot be mapped
+        try:
+            return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
+        except ValueError:  # the file is shorter by now
+            raise _changed_error(name) from None
+
+
+@contextmanager
+def _opened(directory: Path, name: str, max_bytes: int) -> Iterator[tuple[io.BufferedReader, int]]:
+    """Open a regular file of at most so many bytes, and say how many it has."""
     try:
         with open(directory / name, "rb", opener=lambda path, _: os.open(path, _OPEN_FLAGS)) as file:
             status = os.fstat(file.fileno())
@@ -46,13 +80,13 @@ def read_file(directory: Path, name: str, max_bytes: int) -> bytearray:
             if status.st_size > max_bytes:
                 message = f"{name} has {status.st_size} bytes, at most {max_bytes} are read"
                 raise AdapterFormatError(message, reason="FILE_TOO_LARGE", field=name)
-            content = bytearray(status.st_size)
-            num_read = file.readinto(content)
+            yield file, status.st_size
     except OSError as error:
         raise _open_error(name, error) from None
-    if num_read != len(content):
-        raise AdapterFormatError(f"{name} changed while it was read", reason="UNREADABLE_FILE", field=name)
-    return content
+
+
+def _changed_error(name: str) -> AdapterFormatError:
+    return AdapterFormatError(f"{name} changed while it was read", reason="UNREADABLE_FILE", field=name)
 
 
 def _open_error(name: str, error: OSError) -> AdapterFormatError:
@@ -66,8 +100,8 @@ def _open_error(name: str, error: OSError) -> AdapterFormatError:
     return AdapterFormatError(f"{name} cannot be read: {error.strerror}", reason="UNREADABLE_FILE", field=name)
 
 
-def read_tensor_file(directory: Path) -> bytearray:
-    """Read the safetensors file whole, and say so when only a pickle is there.
+def read_tensor_file(directory: Path, read: FileReader = read_file) -> bytearray | mmap.mmap:
+    """Read the safetensors file, and say so when only a pickle is there.
 
     Raises: AdapterFormatError as `read_file` does, or with reason PICKLE_REFUSED and the pickle's name as the field.
     """
@@ -76,7 +110,7 @@ def read_tensor_file(directory: Path) -> bytearray:
             if has_file(directory, name):
                 message = f"{name} is a pickle, which can run code when loaded; save the adapter as {TENSOR_FILE}"
                 raise AdapterFormatError(message, reason="PICKLE_REFUSED", field=name)
-    return read_file(directory, TENSOR_FILE, MAX_TENSOR_FILE_BYTES)
+    return read(directory, TENSOR_FILE, MAX_TENSOR_FILE_BYTES)
 
 
 def refuse_peft_config(directory: Path, kind: str) -> None:
@@ -129,5 +163,8 @@ def parse_json_object(content: bytes, name: str) -> dict[str, object]:
 
 def show(value: object) -> str:
     """Quote a value from a file in a message, shortened."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # parsed with just enough room on the stack, and there is less here
+        return "something too deeply nested to show"
     return text if len(text) <= 120 else f"{text[:120]}..."

@@ -17,6 +17,7 @@ from motley_kernels.adapter_delta import DeltaUnit
 from torch import Tensor
 
 from motley_adapters.errors import AdapterSetError
+from motley_adapters.tensor_file import in_pieces
 
 SetIdentity = tuple[tuple[str, float], ...]
 
@@ -101,7 +102,9 @@ def _feed_tensor(digest: hashlib._Hash, tensor: Tensor | None) -> None:
         _feed(digest, b"none")
         return
     _feed(digest, struct.pack(f"<{tensor.ndim}q", *tensor.shape))  # eight bytes a dimension: never as long as "none"
-    _feed(digest, _little_endian(tensor))
+    digest.update(struct.pack("<Q", 4 * tensor.numel()))
+    for piece in in_pieces(tensor):
+        digest.update(_little_endian(piece))
 
 
 def _feed(digest: hashlib._Hash, field: bytes | memoryview) -> None:

@@ -6,7 +6,7 @@ that one read is enough. Pure; any thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from motley_kernels.adapter_delta import DeltaUnit
 from motley_kernels.adapter_delta.types import Gate
 from torch import Tensor
 
-from motley_adapters.spec import Adapter, Part
+from motley_adapters.spec import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class UnitOutline:
 
     @property
     def blank(self) -> DeltaUnit:
-        """Return a unit of these shapes that has no memory and no values."""
+        """Return a unit of these shapes, in the dtypes of host memory, that has no memory and no values."""
         router = _blank(self.router, torch.float32)
         return DeltaUnit(
             _blank(self.a, torch.float32),
@@ -55,16 +55,14 @@ Outline = Mapping[str, Mapping[str, UnitOutline]]
 """The outlines of an adapter's units, by part digest and by module path."""
 
 
-def outline_of(adapter: Adapter) -> Outline:
-    """Return the outline of an adapter; modules that are alike share one."""
+def outline_of(parts: Iterable[Part]) -> Outline:
+    """Return the outline of an adapter's parts; modules that are alike share one."""
     known: dict[UnitOutline, UnitOutline] = {}
 
     def share(outline: UnitOutline) -> UnitOutline:
         return known.setdefault(outline, outline)
 
-    return {
-        part.digest: {path: share(UnitOutline.of(unit)) for path, unit in part.units.items()} for part in adapter.parts
-    }
+    return {part.digest: {path: share(UnitOutline.of(unit)) for path, unit in part.units.items()} for part in parts}
 
 
 def blank_parts(outline: Outline) -> tuple[Part, ...]:

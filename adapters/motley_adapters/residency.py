@@ -3,7 +3,7 @@
 A part (an adapter's own units, or units that several adapters share) is absent, on its way, or resident under a slot.
 Capacity never fails anybody who only has to wait: a demand is granted or asked again later. Places in the waiting line
 order the demands: one may evict what only later ones need, never what earlier ones do, so the first of the line always
-gets on. It knows no requests and no names. The engine thread alone, but for the three counts that a scrape reads.
+gets on. It knows no requests and no names. The engine thread alone, but for `is_resident` and the counts of a scrape.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from motley_kernels.adapter_delta import DeltaUnit
 from motley_kernels.adapter_delta.pool import UnitPool
 
 from motley_adapters.cache import AdapterCache
@@ -22,35 +20,15 @@ from motley_adapters.demand import Demand, demand_of
 from motley_adapters.errors import AdapterError, AdapterLoadError, CapacityError, LeaseError
 from motley_adapters.eviction import EvictionOrder
 from motley_adapters.extents import Extent, ExtentAllocator
-from motley_adapters.loading import Arrival, Loaded, LoadFailed, LoadJob, Measured, MeasureJob, PartLoader, extent_sizes
+from motley_adapters.kept import KeptAdapters
+from motley_adapters.loading import Loaded, LoadFailed, LoadJob, Measured, MeasureJob, PartLoader, extent_sizes
+from motley_adapters.part_sizes import PartSizes
+from motley_adapters.sites import ResidencyObserver, Sites
 
 log = logging.getLogger(__name__)
 
 MAX_LOADS = 8  # on their way at once: what becomes urgent waits behind these at most
 POISON = 0xFF  # every byte of it makes a NaN of any float: whoever reads what has left says so
-
-
-class Sites(Protocol):
-    """What parts are bound to (see `motley_bases.linear.DeltaSites`)."""
-
-    def bind(self, slot: int, units: Mapping[str, DeltaUnit], arrivals: Mapping[str, Arrival]) -> None:
-        """Attach units by module path under a slot: all of them, or none."""
-
-    def unbind(self, slot: int) -> None:
-        """Detach a slot's units everywhere."""
-
-
-class ResidencyObserver(Protocol):
-    """Receive what happened, on the engine thread."""
-
-    def part_loaded(self, seconds: float) -> None:
-        """Take note of a part that became resident, and how long its load took."""
-
-    def part_evicted(self) -> None:
-        """Take note of a part that left the device."""
-
-    def load_failed(self) -> None:
-        """Take note of a load that came to nothing."""
 
 
 @dataclass(slots=True)
@@ -99,6 +77,8 @@ class Residency:
         that are given up become NaN, so that whoever still read them would show it.
         """
         self.arena = ExtentAllocator(pool.num_bytes)
+        self.sizes = PartSizes()
+        self.kept = KeptAdapters(self.arena.num_bytes, self.sizes)
         self.num_resident_parts = 0
         self.num_binds = 0  # ever; only with it what was not ready becomes so
         self._sites = sites
@@ -108,14 +88,14 @@ class Residency:
         self._poison = poison
         self._loader = PartLoader(pool, cache, wake)
         self._order = EvictionOrder()
-        self._sizes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, _PlacedPart] = {}
         self._measuring: set[str] = set()
         self._places: dict[str, int] = {}
         self._pins: set[Pins] = set()
-        self._kept: dict[str, Demand] = {}
+        self._forgotten: set[str] = set()  # adapters, while they are measured
         for adapter in cache.in_memory():
-            self._sizes.update((part.digest, extent_sizes(pool, part)) for part in adapter.parts)
+            sizes = {part.digest: extent_sizes(pool, part) for part in adapter.parts}
+            self.sizes.learn(adapter.spec.digest, sizes)
 
     @property
     def num_loads(self) -> int:
@@ -133,8 +113,7 @@ class Residency:
         Raises: CapacityError with reason ADAPTER_TOO_LARGE.
         """
         parts = {part for part, _ in demand.members}
-        kept = {part for other in self._kept.values() for part, _ in other.members} - parts
-        wanted, taken = (sum(sum(self._sizes.get(part, ())) for part in group) for group in (parts, kept))
+        wanted, taken = (self.sizes.num_bytes(group) for group in (parts, self.kept.parts - parts))
         if wanted > self.arena.num_bytes - taken:
             message = f"it takes {wanted} bytes on the device, and there are {self.arena.num_bytes - taken}"
             raise CapacityError(message, reason="ADAPTER_TOO_LARGE", field="adapters")
@@ -167,12 +146,14 @@ class Residency:
         """Set about loading what a demand needs and is not placed yet; False if some of it finds no room.
 
         Semantics: `place` is the demand's in the line that `look_ahead` was told. What only has to wait for the loader
-        finds room, as far as is known.
+        finds room, as far as is known. Nobody does while something that shall be kept has found none for too long.
         Raises: CapacityError with reason ADAPTER_TOO_LARGE if it could never be granted.
         """
         if self._is_placed(demand):
             return True
         self.check(demand)
+        if self.kept.is_impatient:
+            return False
         return self._set_about_all(demand, place) or (place == 0 and self._start_over(demand))
 
     def poll(self) -> dict[str, AdapterError]:
@@ -181,13 +162,13 @@ class Residency:
         for result in self._loader.finished():
             match result:
                 case Measured(job, sizes):
-                    self._measuring.discard(job.adapter)
-                    self._sizes.update(sizes)
+                    self._learn(job.adapter, sizes)
                 case Loaded():
                     if (error := self._bind(result)) is not None:
                         failures[result.job.adapter] = error
                 case LoadFailed(MeasureJob(adapter), error):
                     self._measuring.discard(adapter)
+                    self._forgotten.discard(adapter)
                     failures[adapter] = error
                 case LoadFailed(LoadJob(adapter, part), error):
                     self._give_up(part)
@@ -195,39 +176,47 @@ class Residency:
         for adapter, error in failures.items():
             self._observer.load_failed()
             log.warning("adapter %s was not loaded: %s: %s", adapter, error.reason, error.message)
-            self._kept.pop(adapter, None)
+            self.kept.refuse(adapter, error)
         return failures
 
     def keep(self, adapter: str) -> None:
         """Hold an adapter on the device from the next `fetch_kept` on, whether or not anybody uses it; twice is once.
 
-        Raises: UnknownAdapterError; CapacityError with reason ADAPTER_TOO_LARGE if it does not fit beside the others.
+        Semantics: what is found out later, that it cannot be kept or was not loaded, `kept.take_refused` tells.
+        `kept.remove` lets it go as any other.
+        Raises: UnknownAdapterError; CapacityError as `KeptAdapters.add`.
         """
-        demand = demand_of([(self._cache.spec(adapter), 1.0)])
-        self.check(demand)
-        self._kept[adapter] = demand
-
-    def unkeep(self, adapter: str) -> None:
-        """Let an adapter go as any other; nothing if it was not kept."""
-        self._kept.pop(adapter, None)
+        self.kept.add(adapter, demand_of([(self._cache.spec(adapter), 1.0)]))
 
     def fetch_kept(self) -> None:
         """Set about loading what is kept and not there yet.
 
         Semantics: what the first of the line needs does not give way to it, and what came for others they have pinned,
-        if those of the line were let in before.
+        if those of the line were let in before. What found no room for too long goes before them all.
         """
-        for adapter, demand in list(self._kept.items()):
-            try:
-                if not self._is_placed(demand):
-                    self.check(demand)
-                    self._set_about_all(demand, place=0)
-            except CapacityError as error:  # its size was not known when it was asked for
-                log.warning("adapter %s cannot be kept on the device: %s", adapter, error.message)
-                del self._kept[adapter]
+        place = -1 if self.kept.is_impatient else 0
+        for adapter, demand in self.kept.admitted:
+            found_room = self._is_placed(demand) or self._set_about_all(demand, place)
+            self.kept.note_fetch(adapter, found_room=found_room)
+            if not found_room and not self._fits_beside_kept(demand):
+                message = "no room on the device is large enough between the adapters that are kept there"
+                self.kept.refuse(adapter, CapacityError(message, reason="PINS_FULL"))
+        for adapter in self.kept.unmeasured:
+            self._measure(adapter)
+
+    def forget(self, adapter: str) -> None:
+        """Let go of what is remembered of an adapter that nobody asks for; nothing if it is kept.
+
+        Semantics: what is placed stays, and is forgotten when it leaves. Whoever asks again has it measured again.
+        """
+        if adapter in self.kept:
+            return
+        if adapter in self._measuring:
+            self._forgotten.add(adapter)
+        self.sizes.forget(adapter, self._parts)
 
     def is_resident(self, part: str) -> bool:
-        """Tell whether a part could be pinned now."""
+        """Tell whether a part could be pinned now; any thread may ask."""
         placed = self._parts.get(part)
         return placed is not None and placed.slot is not None
 
@@ -258,12 +247,11 @@ class Residency:
 
     def _set_about(self, digest: str, provider: str, place: int) -> bool:
         """Start loading a part, or finding out its size; False if there is no room that this place may take."""
-        sizes = self._sizes.get(digest)
+        sizes = self.sizes.get(digest)
         if provider in self._measuring or self.num_loads >= MAX_LOADS:
             return True
         if sizes is None:
-            self._measuring.add(provider)
-            self._loader.submit(MeasureJob(provider))
+            self._measure(provider)
             return True
         extents = self._allocate(sizes, place)
         if extents is None:
@@ -271,6 +259,19 @@ class Residency:
         self._parts[digest] = _PlacedPart(extents)
         self._loader.submit(LoadJob(provider, digest, tuple(extents), self._now()))
         return True
+
+    def _measure(self, adapter: str) -> None:
+        if adapter not in self._measuring and self.num_loads < MAX_LOADS:
+            self._measuring.add(adapter)
+            self._loader.submit(MeasureJob(adapter))
+
+    def _learn(self, adapter: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        self._measuring.discard(adapter)
+        is_wanted = adapter not in self._forgotten or adapter in self.kept
+        self._forgotten.discard(adapter)
+        if is_wanted:
+            self.sizes.learn(adapter, sizes)
+            self.kept.admit_measured()
 
     def _allocate(self, sizes: Sequence[int], place: int) -> list[Extent] | None:
         extents = self.arena.allocate(sizes)
@@ -298,12 +299,18 @@ class Residency:
         return victims
 
     def _evictable(self) -> list[str]:
-        kept = {part for demand in self._kept.values() for part, _ in demand.members}
+        kept = self.kept.parts
         return [
             digest
             for digest, part in self._parts.items()
             if part.slot is not None and not part.num_pins and digest not in kept
         ]
+
+    def _fits_beside_kept(self, demand: Demand) -> bool:
+        kept, arena = self.kept.parts, self.arena.copy()
+        arena.free(extent for digest, part in self._parts.items() if digest not in kept for extent in part.extents)
+        absent = (part for part, _ in demand.members if part not in self._parts)
+        return all(arena.allocate(self.sizes.get(part) or ()) is not None for part in absent)
 
     def _next_victim(self, evictable: Sequence[str]) -> str:
         """Choose what nobody waits for, the cheapest first; then what is waited for longest ahead."""
@@ -356,6 +363,7 @@ class Residency:
             for start, size in part.extents:
                 self._pool.buffer[start : start + size].fill_(POISON)
         self.arena.free(part.extents)
+        self.sizes.leave(digest)
 
     def _now(self) -> torch.cuda.Event | None:
         """Return an event after all device work so far: what lay in an extent may be read until then."""

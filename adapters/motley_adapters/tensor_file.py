@@ -8,6 +8,7 @@ could not hold. Bytes come in, tensors go out; files and meanings are others' bu
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
     {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 FLOATS_AND_INDICES: Mapping[str, torch.dtype] = MappingProxyType({**FLOATS, "I32": torch.int32})
+_PIECE_VALUES = 1 << 18
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 
@@ -46,28 +48,33 @@ class TensorEntry:
 
 
 def parse_tensors(
-    content: bytes | bytearray, *, file: str = TENSOR_FILE, dtypes: Mapping[str, torch.dtype] = FLOATS
+    content: bytes | bytearray | mmap.mmap, *, file: str = TENSOR_FILE, dtypes: Mapping[str, torch.dtype] = FLOATS
 ) -> dict[str, Tensor]:
-    """Turn the bytes of a safetensors file into tensors that own their memory.
+    """Turn the bytes of a safetensors file into tensors.
 
-    Semantics: `file` is its name in errors; `dtypes` are those that it may hold.
+    Semantics: a tensor is a view of the content and keeps it alive; it is a copy where the content is immutable or the
+    header's length leaves it unaligned. `file` is the file's name in errors; `dtypes` are those that it may hold.
     Raises: AdapterFormatError as `parse_header` does, or with reason NON_FINITE or WEIGHT_TOO_LARGE and the tensor's
     name as the field.
     """
     entries, data_begin = parse_header(content, file=file, dtypes=dtypes)
-    view = memoryview(content)[data_begin:]
     tensors = {}
     for entry in entries:
-        # A copy of its own: aligned whatever the header's length, and the file's bytes need not outlive this call.
-        tensor = torch.frombuffer(bytearray(view[entry.begin : entry.end]), dtype=entry.dtype).reshape(entry.shape)
+        tensor = _tensor(content, data_begin + entry.begin, entry)
         if tensor.is_floating_point():
             _check_values(entry.name, tensor)
         tensors[entry.name] = tensor
     return tensors
 
 
+def in_pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Split a tensor along its first dimension, so that converting a piece takes little memory."""
+    values_a_row = max(1, math.prod(tensor.shape[1:]))
+    return tuple(tensor.split(max(1, _PIECE_VALUES // values_a_row)))
+
+
 def parse_header(
-    content: bytes | bytearray, *, file: str = TENSOR_FILE, dtypes: Mapping[str, torch.dtype] = FLOATS
+    content: bytes | bytearray | mmap.mmap, *, file: str = TENSOR_FILE, dtypes: Mapping[str, torch.dtype] = FLOATS
 ) -> tuple[tuple[TensorEntry, ...], int]:
     """Check the header against the whole file.
 
@@ -91,6 +98,15 @@ def parse_header(
     return tuple(entries), 8 + length
 
 
+def _tensor(content: bytes | bytearray | mmap.mmap, begin: int, entry: TensorEntry) -> Tensor:
+    if isinstance(content, bytes) or begin % entry.dtype.itemsize:
+        with memoryview(content) as view:
+            copied = bytearray(view[begin : begin + entry.end - entry.begin])
+        return torch.frombuffer(copied, dtype=entry.dtype).reshape(entry.shape)
+    count = math.prod(entry.shape)
+    return torch.frombuffer(content, dtype=entry.dtype, count=count, offset=begin).reshape(entry.shape)
+
+
 def _check_values(name: str, tensor: Tensor) -> None:
     """Refuse values that are not finite now, or would not be once the device holds them in its own dtype."""
     low, high = (float(bound) for bound in tensor.aminmax())  # NaN if there is one
@@ -101,13 +117,13 @@ def _check_values(name: str, tensor: Tensor) -> None:
         raise AdapterFormatError(message, reason="WEIGHT_TOO_LARGE", field=name)
 
 
-def _header_length(content: bytes | bytearray, file: str) -> int:
+def _header_length(content: bytes | bytearray | mmap.mmap, file: str) -> int:
     if len(content) < 8:
         _refuse(file, "TRUNCATED", f"{len(content)} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", content[:8])
     if length > MAX_HEADER_BYTES:
         # Only here: 0x80 may also begin an honest length, such as 640.
-        if content.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
+        if content[:4].startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
             _refuse(file, "PICKLE_REFUSED", "the file is a pickle under another name")
         _refuse(file, "HEADER_TOO_LARGE", f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
     if length > len(content) - 8:

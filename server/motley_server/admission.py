@@ -1,7 +1,7 @@
 """Admission: from what a caller asked for to a request in the engine's mailbox, or a typed error that names the field.
 
-Turns prompts into token ids, names into leased digests, fills in every default, and counts what a caller's quota
-limits. A lease and a place taken here are given back exactly once: by the engine's `on_end`, or at once if the request
+Turns prompts into token ids, names into held versions, fills in every default, and counts what a caller's quota
+limits. A hold and a place taken here are given back exactly once: by the engine's `on_end`, or at once if the request
 never reached it. Knows no protobuf. Runs on the event loop's thread.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from motley_bases.spec import BaseSpec
 
-from motley_server.adapter_sets import AdapterSets
 from motley_server.asked import (
     AskedGeneration,
     AskedScoring,
@@ -27,7 +27,7 @@ from motley_server.asked import (
     TokenPrompt,
 )
 from motley_server.engine.api import EngineFront, EventStream
-from motley_server.engine.types import GenerateRequest, SamplingParams, ServedAdapter
+from motley_server.engine.types import GenerateRequest, SamplingParams
 from motley_server.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -35,6 +35,7 @@ from motley_server.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from motley_server.library.sets import AdapterSets, HeldSet
 from motley_server.quotas import Place, Quotas
 from motley_server.sampling import SamplingFacts, check_token_id, fill_sampling
 from motley_server.tokenizer import Tokenizer, TokenizerThread
@@ -42,20 +43,6 @@ from motley_server.tokenizer import Tokenizer, TokenizerThread
 MAX_CONTINUATIONS = 64
 MAX_CHAT_TURNS = 4096
 TURN_CHARACTERS = 64  # what rendering a turn costs beside its text, in characters of it
-
-
-class AdapterLease(Protocol):
-    """A promise that an adapter stays until it is released."""
-
-    def release(self) -> None:
-        """Give the adapter back; a second time is an error."""
-
-
-class AdapterLeases(Protocol):
-    """Where leases come from."""
-
-    def acquire(self, digest: str) -> AdapterLease:
-        """Lease an adapter that the catalog knows."""
 
 
 class RefusalObserver(Protocol):
@@ -96,7 +83,6 @@ class Admission:
         base: BaseSpec,
         tokenizer: Tokenizer,
         adapter_sets: AdapterSets,
-        leases: AdapterLeases,
         limits: AdmissionLimits,
         observer: RefusalObserver,
         quotas: Quotas,
@@ -107,7 +93,6 @@ class Admission:
         self._tokenizer = tokenizer
         self._tokenizer_thread = TokenizerThread()
         self._adapter_sets = adapter_sets
-        self._leases = leases
         self._observer = observer
         self._quotas = quotas
         self._sampling_facts = SamplingFacts(base.generation, base.vocab_size, limits.default_max_new_tokens)
@@ -131,8 +116,8 @@ class Admission:
                     asked.sampling, self._sampling_facts, num_free_tokens=self.limits.context_length - len(ids)
                 )
                 place.charge(len(ids) + sampling.n * sampling.max_new_tokens)
-                adapters = self._adapter_sets.resolve(asked.adapters, caller)
-                return self._submit(self._request(caller, ids, sampling, adapters), place)
+                with await self._adapter_sets.take(asked.adapters, caller) as held:
+                    return self._submit(self._request(caller, ids, sampling, held), place, held)
 
     async def score(self, asked: AskedScoring, caller: Caller) -> list[Admitted]:
         """Admit the scoring of each continuation, as a request of its own: all of them or none.
@@ -152,10 +137,10 @@ class Admission:
                 for index, ending in enumerate(endings):
                     self._check_length(len(prompt) + len(ending), f"continuations[{index}]", room=0)
                 place.charge(sum(len(prompt) + len(ending) for ending in endings))
-                adapters = self._adapter_sets.resolve(asked.adapters, caller)
                 sampling = SamplingParams(max_new_tokens=0, logprobs=1)
-                requests = [self._request(caller, prompt + ending, sampling, adapters) for ending in endings]
-                return await self._submit_scorings(requests, len(prompt), place)
+                with await self._adapter_sets.take(asked.adapters, caller) as held:
+                    requests = [self._request(caller, prompt + ending, sampling, held) for ending in endings]
+                    return await self._submit_scorings(requests, len(prompt), place, held)
 
     @contextmanager
     def counting(self, caller: Caller) -> Iterator[None]:
@@ -272,7 +257,7 @@ class Admission:
             raise InvalidArgumentError(message, reason="CONTEXT_EXCEEDED", field=field)
 
     def _request(
-        self, caller: Caller, ids: tuple[int, ...], sampling: SamplingParams, adapters: tuple[ServedAdapter, ...]
+        self, caller: Caller, ids: tuple[int, ...], sampling: SamplingParams, held: HeldSet
     ) -> GenerateRequest:
         return GenerateRequest(
             # Callers choose request ids, and one call may be many requests: the engine's are ours, and unique.
@@ -280,39 +265,38 @@ class Admission:
             tenant_id=caller.tenant_id,
             prompt_token_ids=ids,
             sampling=sampling,
-            adapters=adapters,
+            adapters=held.adapters,
             deadline=caller.deadline,
             weight=caller.quota.weight,
         )
 
     async def _submit_scorings(
-        self, requests: Sequence[GenerateRequest], num_context_tokens: int, place: Place
+        self, requests: Sequence[GenerateRequest], num_context_tokens: int, place: Place, held: HeldSet
     ) -> list[Admitted]:
         admitted: list[Admitted] = []
         try:
             for request in requests:
                 scoring = replace(request, prompt_logprobs=True, num_context_tokens=num_context_tokens)
-                admitted.append(self._submit(scoring, place))
+                admitted.append(self._submit(scoring, place, held))
         except BaseException:
             for one in admitted:
                 await one.events.aclose()
             raise
         return admitted
 
-    def _submit(self, request: GenerateRequest, place: Place) -> Admitted:
-        with ExitStack() as held:
-            place.join()
-            held.callback(place.leave)
-            for adapter in request.adapters:
-                held.callback(self._leases.acquire(adapter.digest).release)
-            give_back = held.pop_all()
+    def _submit(self, request: GenerateRequest, place: Place, held: HeldSet) -> Admitted:
+        def give_back() -> None:
+            place.leave()
+            held.leave()
 
         def end(num_generated_tokens: int) -> None:
             place.use(len(request.prompt_token_ids) + num_generated_tokens)
-            give_back.close()
+            give_back()
 
+        place.join()
+        held.join(partial(self._engine.cancel, request.request_id))
         try:
             return Admitted(request, self._engine.submit(request, end))
         except BaseException:
-            give_back.close()
+            give_back()
             raise

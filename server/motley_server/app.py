@@ -17,19 +17,19 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from motley_server.adapter_sets import AdapterSets
 from motley_server.admission import Admission, AdmissionLimits
 from motley_server.audit import AUDIT_LOGGER
 from motley_server.config import MIB, EngineConfig, ServerConfig
 from motley_server.config_values import Address
 from motley_server.engine.api import EngineFront
 from motley_server.engine.settings import EngineSettings
+from motley_server.errors import MotleyError
 from motley_server.facts import ServerFacts
 from motley_server.metrics import HttpEndpoint, Metrics
 from motley_server.quotas import Quotas
-from motley_server.registry.catalog import Catalog
-from motley_server.registry.database import DatabaseError
-from motley_server.registry.names import LOCAL_TENANT
+from motley_server.registry.bundles import BundleStoreError
+from motley_server.registry.database import Database, DatabaseError
+from motley_server.rpc.adapters import AdapterLibrary
 from motley_server.rpc.identity import KeyIdentity, TenantQuotas
 from motley_server.rpc.server import Backend, RpcServer, RpcSettings
 from motley_server.rpc.tenants import TenantRegistry
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from motley_adapters.errors import AdapterError
     from motley_bases.base import Base
     from motley_bases.errors import BaseError
+
+    from motley_server.library.opening import Library, Shelf
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class App:
     config: ServerConfig
     port: int
     engine: EngineFront
-    adapters: AdapterCache
+    library: Library
     rpc: RpcServer
     tenancy: Tenancy
     metrics: Metrics
@@ -97,7 +99,8 @@ async def build(config: ServerConfig) -> App:
 
 async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> App:
     import torch
-    from motley_adapters.fusion import overlapping_channels
+
+    from motley_server.library.opening import Library
 
     tls = _read_tls(config)
     tenancy = _open_tenancy(config)
@@ -105,29 +108,35 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _single_threaded(config.engine.threads):
         base = _load_base(config, device)
-        catalog, adapters = _load_adapters(config, base)
+        shelf = _open_shelf(config, tenancy.database, base)
+        resources.callback(shelf.registry.store.close)
+        _put_named(config, shelf)
     version = _version()
     metrics = Metrics(version, base.spec)
     endpoint = None
     if config.metrics is not None:
         endpoint = metrics.serve(config.metrics)
         resources.push_async_callback(asyncio.to_thread, endpoint.stop)
-    engine = _start_engine(config, base, adapters, metrics)
+    engine = _start_engine(config, base, shelf.cache, metrics)
     resources.push_async_callback(engine.stop)
-    metrics.follow(engine.stats, lambda: adapters.nbytes)
+    metrics.follow(engine.stats, lambda: shelf.cache.nbytes)
+    library = Library(shelf, engine, demands_base=config.require_declared_base)
+    resources.push_async_callback(library.stop)
+    await library.start(config.limits.collect_seconds)
     facts = _facts(config, base, engine, version, str(device))
     limits = AdmissionLimits(facts.context_length, config.limits.max_prompt_bytes, config.limits.max_new_tokens)
-    sets, tokenizer = AdapterSets(catalog, overlapping_channels), CheckpointTokenizer(base.tokenizer)
-    admission = Admission(engine, base.spec, tokenizer, sets, adapters, limits, metrics, Quotas(metrics))
+    tokenizer = CheckpointTokenizer(base.tokenizer)
+    admission = Admission(engine, base.spec, tokenizer, library.sets, limits, metrics, Quotas(metrics))
     resources.callback(admission.close)
     quotas = TenantQuotas(tenancy.database, tenancy.tenants)
     identity = KeyIdentity(tenancy.database, tenancy.keys, quotas, demands_key=config.auth)
     registry = TenantRegistry(tenancy.database, tenancy.tenants, tenancy.keys, quotas)
-    backend = Backend(engine, admission, catalog, adapters, facts, metrics, registry, identity.identify)
+    adapters = AdapterLibrary(library.registry, library.desk, library.control, library.whereabouts)
+    backend = Backend(engine, admission, adapters, shelf.cache, facts, metrics, registry, identity.identify)
     rpc = RpcServer(backend, _rpc_settings(config, tls))
     resources.push_async_callback(rpc.stop, STOP_GRACE_SECONDS)
     port = await rpc.start(str(config.listen))
-    return App(config, port, engine, adapters, rpc, tenancy, metrics, endpoint, resources.pop_all())
+    return App(config, port, engine, library, rpc, tenancy, metrics, endpoint, resources.pop_all())
 
 
 async def run(config: ServerConfig) -> int:
@@ -203,25 +212,25 @@ def _load_base(config: ServerConfig, device: torch.device) -> Base:
     return base
 
 
-def _load_adapters(config: ServerConfig, base: Base) -> tuple[Catalog, AdapterCache]:
-    from motley_adapters.cache import AdapterCache
-    from motley_adapters.directories import AdapterDirectories
+def _open_shelf(config: ServerConfig, database: Database, base: Base) -> Shelf:
+    from motley_server.library.opening import open_shelf
+
+    try:
+        return open_shelf(config, database, base)
+    except BundleStoreError as error:
+        raise StartError(f"data_dir: {error.reason}: {error}") from error
+
+
+def _put_named(config: ServerConfig, shelf: Shelf) -> None:
     from motley_adapters.errors import AdapterError
 
-    source = AdapterDirectories(base.spec, base_tensor=base.tensor, residuals=config.data_dir / "residuals")
-    catalog, cache = Catalog(), AdapterCache(config.engine.adapter_cache_bytes, source)
+    from motley_server.library.opening import put_named
+
     for name, directory in config.adapters.items():
         try:
-            adapter = source.read(directory)
-            cache.put(adapter)
-        except AdapterError as error:
+            put_named(shelf, name, directory)
+        except (AdapterError, MotleyError) as error:
             raise StartError(f"adapter {name} in {directory}: {_tell(error)}") from error
-        spec = adapter.spec
-        catalog.add(LOCAL_TENANT, name, spec)
-        log.info(
-            "adapter %s, %s, %d bytes, %s, trained on %s", name, spec.kind, spec.nbytes, spec.digest, spec.trained_on
-        )
-    return catalog, cache
 
 
 def _start_engine(config: ServerConfig, base: Base, adapters: AdapterCache, metrics: Metrics) -> EngineFront:
@@ -293,7 +302,7 @@ def _rpc_settings(config: ServerConfig, tls: TlsFiles | None) -> RpcSettings:
     )
 
 
-def _tell(error: BaseError | AdapterError) -> str:
+def _tell(error: BaseError | AdapterError | MotleyError) -> str:
     where = f" ({error.field})" if error.field else ""
     return f"{error.reason}{where}: {error.message}"
 

@@ -27,6 +27,9 @@ def serve(
     auth: Annotated[bool | None, typer.Option("--auth/--no-auth", help="Demand a key of every caller.")] = None,
     tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Show this certificate (PEM).")] = None,
     tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
+    require_declared_base: Annotated[
+        bool | None, typer.Option("--require-declared-base", help="Refuse adapters that do not say what for.")
+    ] = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Serve this too; repeatable.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show the resolved settings and exit.")] = False,
 ) -> None:
@@ -34,6 +37,7 @@ def serve(
     given: dict[str, object] = {
         "base": base, "listen": listen, "metrics": metrics, "data_dir": data_dir, "dtype": dtype, "adapters": adapter,
         "auth": auth, "tls.cert": tls_cert, "tls.key": tls_key,
+        "require_declared_base": require_declared_base,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     try:

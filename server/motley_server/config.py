@@ -78,6 +78,7 @@ class LimitsConfig:
     max_message_bytes: int = 16 * MIB
     health_stall_seconds: float = 3.0
     drain_seconds: float = 30.0
+    collect_seconds: float = 300.0  # between two looks at what nobody wants any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class ServerConfig:
     database: str = ""  # a file in data_dir
     auth: bool = False
     insecure: bool = False
+    require_declared_base: bool = False
     reflection: bool = True
     log_level: str = "info"
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -126,6 +128,7 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "database": database_url,
     "auth": flag,
     "insecure": flag,
+    "require_declared_base": flag,
     "reflection": flag,
     "log_level": choice("debug", "info", "warning", "error"),
     "engine.kv_cache_bytes": integer(1),
@@ -143,6 +146,7 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "limits.max_message_bytes": integer(1024, 2**31 - 1),
     "limits.health_stall_seconds": number(0.1, 3600),
     "limits.drain_seconds": number(0, 86400),
+    "limits.collect_seconds": number(0.1, 86400),
     "tls.cert": optional_path,
     "tls.key": optional_path,
 })  # fmt: skip

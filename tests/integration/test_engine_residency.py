@@ -48,7 +48,7 @@ def make_markers(maker: MarkerMaker, root: Path, count: int) -> dict[str, Path]:
 
 def bytes_of(harness: Harness, name: str) -> int:
     """Return the arena bytes of an adapter's own part."""
-    return sum(harness.core.residency._sizes[harness.adapters[name].spec.digest])
+    return harness.core.residency.sizes.num_bytes([harness.adapters[name].spec.digest])
 
 
 def make_cramped(

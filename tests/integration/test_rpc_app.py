@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
+from motley.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 from motley_bases.checkpoint import resolve_base
 from motley_server.app import App, StartError, build, run
 from motley_server.config import resolve
@@ -58,7 +58,12 @@ def test_an_adapter_changes_the_answer_and_is_said_to_have_served_it(tmp_path: P
             assert len(alone.candidates[0].token_ids) == len(under.candidates[0].token_ids) == 12
             assert alone.candidates[0].token_ids != under.candidates[0].token_ids
             info = await server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest())
-            assert list(under.served_by.adapters) == list(info.adapters)
+            stored = await adapter_pb2_grpc.AdapterServiceStub(channel).GetAdapter(
+                adapter_pb2.GetAdapterRequest(name="mine")
+            )
+            (served,) = under.served_by.adapters
+            assert (served.name, served.version, served.digest) == ("mine", 1, stored.version.digest)
+            assert [(alias.name, alias.version) for alias in stored.adapter.aliases] == [("default", 1)]
             assert under.served_by.base_fingerprint == alone.served_by.base_fingerprint == info.base_fingerprint
             assert list(alone.served_by.adapters) == []
 
@@ -75,10 +80,10 @@ def test_a_cancelled_stream_gives_back_its_blocks_and_leases(tmp_path: Path, ada
             call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request)
             await call.read()
             assert app.engine.stats().num_used_blocks > 0
-            assert app.adapters.num_leases == 1
+            assert app.library.cache.num_leases == 1
             call.cancel()
             await eventually(lambda: app.engine.stats().num_used_blocks == 0)
-            await eventually(lambda: app.adapters.num_leases == 0)
+            await eventually(lambda: app.library.cache.num_leases == 0)
             cancelled = {"outcome": "cancelled"}
             assert app.metrics.registry.get_sample_value("motley_requests_total", cancelled) == 1
             report = await app.rpc.lifecycle.drain(0.0)

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
-from motley.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2, inference_pb2, server_pb2, tenant_pb2
+from motley.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2, tenant_pb2
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError, CapacityError
 from motley_server import errors
 from motley_server.rpc.status import CODES, code_of, to_status
@@ -310,24 +310,16 @@ OTHER_METHODS: dict[str, tuple[Call, Code, str, str]] = {
         Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "timeout",
     ),
     "unknown enum value": (
-        lambda shell: adapter_pb2_grpc.AdapterServiceStub(shell.channel).ShareAdapter(share(99)),
+        lambda shell: shell.adapters.ShareAdapter(share(99)),
         Code.INVALID_ARGUMENT, "UNKNOWN_ENUM_VALUE", "visibility",
     ),
-    "unbuilt unary": (
-        lambda shell: adapter_pb2_grpc.AdapterServiceStub(shell.channel).ShareAdapter(share(1)),
-        Code.UNIMPLEMENTED, "NOT_BUILT", "",
+    "an upload without a header": (
+        lambda shell: shell.adapters.UploadAdapter(iter([adapter_pb2.UploadAdapterRequest()])),
+        Code.INVALID_ARGUMENT, "HEADER_EXPECTED", "header",
     ),
-    "unbuilt client stream": (
-        lambda shell: adapter_pb2_grpc.AdapterServiceStub(shell.channel).UploadAdapter(
-            iter([adapter_pb2.UploadAdapterRequest()])
-        ),
-        Code.UNIMPLEMENTED, "NOT_BUILT", "",
-    ),
-    "unbuilt server stream": (
-        lambda shell: adapter_pb2_grpc.AdapterServiceStub(shell.channel)
-        .DownloadAdapter(adapter_pb2.DownloadAdapterRequest())
-        .read(),
-        Code.UNIMPLEMENTED, "NOT_BUILT", "",
+    "a download of nothing": (
+        lambda shell: shell.adapters.DownloadAdapter(adapter_pb2.DownloadAdapterRequest()).read(),
+        Code.INVALID_ARGUMENT, "INVALID_ADAPTER_NAME", "name",
     ),
     "a tenant that is not there": (
         lambda shell: shell.tenants.GetTenant(tenant_pb2.GetTenantRequest(id="nobody")),

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from motley.v1 import inference_pb2, server_pb2
-from rpc_harness import CONTEXT, MIB, Shell, digest_of, eventually, read_refusal, serving, text_request
+from rpc_harness import CONTEXT, MIB, Shell, eventually, read_refusal, serving, text_request
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -22,7 +22,7 @@ async def health(shell: Shell, service: str = "") -> int:
     return int(answer.status)
 
 
-def test_server_info_tells_the_limits_and_the_adapters_that_can_be_named() -> None:
+def test_server_info_tells_what_is_served_and_the_limits() -> None:
     async def scenario() -> None:
         async with serving() as shell:
             info = await shell.server.GetServerInfo(server_pb2.GetServerInfoRequest())
@@ -32,10 +32,6 @@ def test_server_info_tells_the_limits_and_the_adapters_that_can_be_named() -> No
                 max_message_bytes=16 * MIB, max_prompt_bytes=MIB, context_length=CONTEXT, max_adapters_per_request=8,
                 max_candidates=16, max_logprobs=20, max_running_requests=64, max_waiting_requests=256,
             )  # fmt: skip
-            named = {one.name: (one.version, one.digest) for one in info.adapters}
-            assert named["zeta"] == (2, digest_of("2"))
-            assert named["public/shared"] == (1, digest_of("5"))
-            assert not any("secret" in name for name in named)
 
     asyncio.run(scenario())
 

@@ -292,7 +292,7 @@ def test_every_control_action_has_one_line_in_the_audit_and_no_secret(caplog: py
         ("local", "", "motley.v1.TenantService/CreateKey", made, "OK"),
         ("local", caller_id, "motley.v1.ServerService/Drain", {}, "PERMISSION_DENIED"),
         ("", "", "motley.v1.ServerService/Drain", {}, "UNAUTHENTICATED"),
-        ("local", "", "motley.v1.AdapterService/SetAlias", {"name": "a\nb", "alias": "prod"}, "UNIMPLEMENTED"),
+        ("local", "", "motley.v1.AdapterService/SetAlias", {"name": "a\nb", "alias": "prod"}, "INVALID_ARGUMENT"),
     ]
     assert [line["request_id"] == "mine-7" for line in read] == [False, False, True, False, False]
     assert all(line["request_id"] for line in read)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from motley_adapters.cache import AdapterCache, Lease
 from motley_adapters.errors import AdapterLoadError, CapacityError, LeaseError, UnknownAdapterError
+from motley_adapters.outline import outline_of
 from motley_adapters.spec import Adapter, AdapterSpec, Part
 from motley_kernels.adapter_delta import DeltaUnit
 
@@ -116,6 +117,55 @@ def test_release_twice_is_an_error_that_takes_nobody_elses_lease() -> None:
     assert cache.num_leases == 1
     other.release()
     assert cache.num_leases == 0
+
+
+def introduced(*digests: str, source: Source | None = None) -> AdapterCache:
+    cache = AdapterCache(NBYTES, source or Source())
+    for digest in digests:
+        cache.introduce(adapter(digest).spec, outline_of(adapter(digest).parts))
+    return cache
+
+
+def test_what_is_introduced_is_known_not_in_memory_and_read_when_it_is_borrowed() -> None:
+    source = Source()
+    cache = introduced("a", "b", source=source)
+    assert (cache.nbytes, len(cache), cache.in_memory(), cache.is_in_memory("a")) == (0, 2, [], False)
+    assert cache.spec("a") == adapter("a").spec
+    assert cache.outline("a") == outline_of(adapter("a").parts)
+    with cache.acquire("a"), cache.borrow("a") as borrowed:
+        assert borrowed.spec.digest == "a"
+        assert (cache.is_in_memory("a"), cache.is_in_memory("b"), cache.is_in_memory("nobody")) == (True, False, False)
+    assert source.num_loads == {"a": 1}
+    cache.check_integrity()
+
+
+def test_introducing_what_is_known_changes_nothing() -> None:
+    cache = introduced("a")
+    held = adapter("a")
+    cache.put(held)
+    lease = cache.acquire("a")
+    cache.introduce(adapter("a").spec, {})
+    assert (cache.in_memory(), cache.num_leases, len(cache)) == ([held], 1, 1)
+    assert cache.outline("a") == outline_of(held.parts)
+    lease.release()
+    cache.remove("a")
+
+
+def test_what_was_introduced_is_held_when_it_is_put_and_forgotten_when_removed() -> None:
+    cache = introduced("a", "b")
+    cache.put(adapter("a"))
+    assert (cache.nbytes, len(cache)) == (NBYTES, 2)
+    cache.remove("a")
+    cache.remove("b")
+    assert (cache.nbytes, len(cache)) == (0, 0)
+    cache.check_integrity()
+
+
+def test_without_a_source_nothing_is_introduced() -> None:
+    cache = AdapterCache(NBYTES)
+    with pytest.raises(ValueError, match="without a source"):
+        cache.introduce(adapter("a").spec, outline_of(adapter("a").parts))
+    assert "a" not in cache
 
 
 def test_what_does_not_fit_is_known_and_comes_back_by_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -13,22 +14,60 @@ from motley_adapters.formats import (
     MAX_TENSOR_FILE_BYTES,
     PICKLE_FILES,
     TENSOR_FILE,
+    FileReader,
+    map_file,
     parse_json_object,
     read_file,
     read_json_file,
     read_tensor_file,
+    show,
 )
 
 
 def refusal_of_reading(directory: Path, name: str = CONFIG_FILE, max_bytes: int = 100) -> tuple[str, str | None]:
-    with pytest.raises(AdapterFormatError) as caught:
-        read_file(directory, name, max_bytes)
-    return caught.value.reason, caught.value.field
+    """Return the error of reading, which is that of mapping too."""
+    refusals = set()
+    for read in (read_file, map_file):
+        with pytest.raises(AdapterFormatError) as caught:
+            read(directory, name, max_bytes)
+        refusals.add((caught.value.message, caught.value.reason, caught.value.field))
+    ((_, reason, field),) = refusals
+    return reason, field
 
 
-def test_a_file_is_read_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_file, map_file])
+@pytest.mark.parametrize("num_bytes", [0, 1, 100])
+def test_a_file_is_read_whole(read: FileReader, num_bytes: int, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes(b"x" * num_bytes)
+    assert bytes(read(tmp_path, CONFIG_FILE, 100)) == b"x" * num_bytes
+
+
+def test_a_mapping_outlives_the_name_and_writes_to_no_file(tmp_path: Path) -> None:
+    (tmp_path / "link").write_bytes(b"x" * 100)
+    os.link(tmp_path / "link", tmp_path / CONFIG_FILE)
+    mapped = map_file(tmp_path, CONFIG_FILE, 100)
+    assert isinstance(mapped, mmap.mmap)
+    (tmp_path / CONFIG_FILE).unlink()
+    mapped[0:1] = b"y"
+    assert (mapped[:2], (tmp_path / "link").read_bytes()[:2]) == (b"yx", b"xx")
+
+
+@pytest.mark.parametrize("read", [read_file, map_file])
+def test_a_file_that_shrinks_meanwhile_is_refused(
+    read: FileReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / CONFIG_FILE).write_bytes(b"x" * 100)
-    assert read_file(tmp_path, CONFIG_FILE, 100) == b"x" * 100
+    fstat = os.fstat
+
+    def shrink_after(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        os.truncate(tmp_path / CONFIG_FILE, 50)
+        return status
+
+    monkeypatch.setattr(os, "fstat", shrink_after)
+    with pytest.raises(AdapterFormatError) as caught:
+        read(tmp_path, CONFIG_FILE, 100)
+    assert caught.value.reason == "UNREADABLE_FILE"
 
 
 def test_a_file_over_the_bound_is_refused(tmp_path: Path) -> None:
@@ -108,3 +147,11 @@ def test_json_that_is_ambiguous_or_broken_is_refused(content: bytes, reason: str
 
 def test_json_objects_are_parsed() -> None:
     assert parse_json_object(b'{"r": 1, "p": {"a": [1.5, null]}}', CONFIG_FILE) == {"r": 1, "p": {"a": [1.5, None]}}
+
+
+def test_a_value_is_shown_short_however_long_or_deep_it_is() -> None:
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert len(show("x" * 10_000)) < 200
+    assert show(nested) == "something too deeply nested to show"

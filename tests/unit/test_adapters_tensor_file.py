@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import math
 import pickle
 import struct
 from typing import Any
@@ -15,7 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motley_adapters.errors import AdapterError, AdapterFormatError
-from motley_adapters.tensor_file import MAX_HEADER_BYTES, MAX_NAME_CHARACTERS, MAX_TENSORS, parse_header, parse_tensors
+from motley_adapters.tensor_file import (
+    MAX_HEADER_BYTES,
+    MAX_NAME_CHARACTERS,
+    MAX_TENSORS,
+    in_pieces,
+    parse_header,
+    parse_tensors,
+)
 
 FILE = "adapter_model.safetensors"
 
@@ -49,11 +58,31 @@ def test_a_header_of_odd_length_still_gives_aligned_tensors() -> None:
     assert tensor.data_ptr() % 4 == 0
 
 
-def test_tensors_survive_the_bytes_that_they_came_from() -> None:
-    content = bytearray(file_of({"x": entry([2], 0, 8)}, floats(1.0, 2.0)))
+@pytest.mark.parametrize(("padding", "is_view"), [(0, True), (4, True), (1, False), (2, False)])
+def test_an_aligned_tensor_is_a_view_and_another_a_copy(padding: int, is_view: bool) -> None:
+    raw = json.dumps({"x": entry([2], 0, 8)}).encode()
+    raw += b" " * (-len(raw) % 4 + padding)
+    content = bytearray(file_of(raw, floats(1.0, 2.0)))
     tensor = parse_tensors(content)["x"]
-    content[-8:] = b"\xff" * 8
-    assert tensor.tolist() == [1.0, 2.0]
+    content[-8:] = floats(3.0, 4.0)
+    assert tensor.tolist() == ([3.0, 4.0] if is_view else [1.0, 2.0])
+
+
+def test_a_tensor_keeps_what_it_views_alive() -> None:
+    tensor = parse_tensors(bytearray(file_of({"x": entry([1 << 16], 0, 1 << 18)}, floats(1.5) * (1 << 16))))["x"]
+    gc.collect()
+    junk = [bytearray(b"\xff" * (1 << 18)) for _ in range(8)]
+    assert bool((tensor == 1.5).all())
+    assert junk
+
+
+@pytest.mark.parametrize("shape", [(1,), (300_000,), (3, 100_000), (2, 300_000), (100_000, 3), (7, 5, 9000)])
+def test_pieces_are_the_tensor_in_order_and_each_is_small_or_one_row(shape: tuple[int, ...]) -> None:
+    tensor = torch.arange(math.prod(shape)).reshape(shape)
+    for given_tensor in (tensor, tensor.mT if tensor.ndim > 1 else tensor):
+        pieces = in_pieces(given_tensor)
+        assert torch.equal(torch.cat(pieces), given_tensor)
+        assert all(piece.numel() <= 1 << 18 or len(piece) == 1 for piece in pieces)
 
 
 def test_a_header_of_640_bytes_is_not_taken_for_a_pickle() -> None:

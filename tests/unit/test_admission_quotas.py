@@ -28,7 +28,7 @@ def run(scenario: Callable[[Door], Awaitable[None]]) -> None:
         await door.engine.stop()
         assert door.quotas.num_in_flight("local") == 0
         assert door.leases.held == []
-        door.admission.close()
+        await door.close()
 
     asyncio.run(frame())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificates
-from motley.v1 import inference_pb2, server_pb2, tenant_pb2
+from motley.v1 import adapter_pb2, inference_pb2, server_pb2, tenant_pb2
 from motley_client.channel import credentials_of, options_of
 from motley_client.endpoint import Endpoint
 
@@ -66,7 +66,7 @@ def test_what_is_tried_again_changes_nothing_or_has_a_request_id() -> None:
     named = {(entry["service"], entry["method"]) for entry in method_config["name"]}
     services = [
         service
-        for file in (inference_pb2, server_pb2, tenant_pb2)
+        for file in (adapter_pb2, inference_pb2, server_pb2, tenant_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     ]
     inputs = {
@@ -77,6 +77,8 @@ def test_what_is_tried_again_changes_nothing_or_has_a_request_id() -> None:
 
     assert named <= inputs.keys()
     changing = {name for name in named if not name[1].startswith(("Get", "List", "Tokenize", "Detokenize"))}
-    assert all("request_id" in inputs[name] for name in changing)
-    assert {method for _, method in named}.isdisjoint({"Generate", "GenerateStream", "Drain"})
+    without_id = {name[1] for name in changing if "request_id" not in inputs[name]}
+    assert without_id == {"PinAdapter", "UnpinAdapter"}, "to do them twice is to do them once"
+    never = {"Generate", "GenerateStream", "Drain", "UploadAdapter", "DownloadAdapter", "AbortUpload"}
+    assert {method for _, method in named}.isdisjoint(never)
     assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, cast
 
 import grpc
 import pytest
+from both_clients import BOTH, Ask, ask_asyncio, ask_blocking
 from fake_tenant_service import FIRST_SECOND, FakeTenantService, refusal, serving_tenants
 from motley.v1 import tenant_pb2
 from motley_client import (
     AbortedError,
     AlreadyExistsError,
-    AsyncClient,
     Client,
     DataLossError,
     InvalidArgumentError,
@@ -30,7 +29,6 @@ from motley_client import (
     convert_tenants,
 )
 
-Ask = Callable[..., Any]
 NOON = datetime(2030, 1, 2, 12, tzinfo=UTC)
 
 
@@ -45,22 +43,7 @@ def address(fake: FakeTenantService) -> Iterator[str]:
         yield address
 
 
-def ask_blocking(address: str, call: str, *args: Any, key: str | None = None, **kwargs: Any) -> Any:
-    with Client(address, key) as client:
-        result = getattr(client, call)(*args, **kwargs)
-        return list(result) if isinstance(result, Iterator) else result
-
-
-def ask_asyncio(address: str, call: str, *args: Any, key: str | None = None, **kwargs: Any) -> Any:
-    async def run() -> Any:
-        async with AsyncClient(address, key) as client:
-            result = getattr(client, call)(*args, **kwargs)
-            return [one async for one in result] if isinstance(result, AsyncIterator) else await result
-
-    return asyncio.run(run())
-
-
-@pytest.fixture(params=[ask_blocking, ask_asyncio], ids=["blocking", "asyncio"])
+@pytest.fixture(**BOTH)
 def ask(request: pytest.FixtureRequest) -> Ask:
     chosen: Ask = request.param
     return chosen

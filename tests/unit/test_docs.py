@@ -21,6 +21,9 @@ HOUSE = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 EMBEDDED = HOUSE / "adapters" / "motley_adapters" / "assets" / "tiny"
 DOCUMENTS = sorted([*HOUSE.glob("*.md"), *(HOUSE / "docs").rglob("*.md")])
+IN_ORDER = {
+    HOUSE / "docs" / "publish.md"
+}  # each block stands on those before it: tests/integration/test_docs_publish.py
 START_SECONDS = 120
 
 # Commands that no test of this file runs, and why that is enough. `make TARGET` is checked to be a target.
@@ -53,7 +56,7 @@ def _is_serve(command: str) -> bool:
     return "motley serve" in command
 
 
-COMMANDS = sorted({command for document in DOCUMENTS for command in _commands(document)})
+COMMANDS = sorted({command for document in DOCUMENTS if document not in IN_ORDER for command in _commands(document)})
 RUN = [command for command in COMMANDS if command not in ACCOUNTED and not _is_serve(command)]
 SERVE = [command for command in COMMANDS if _is_serve(command)]
 
@@ -135,7 +138,13 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
 
 @pytest.mark.parametrize(
     ("document", "block"),
-    [(document, block) for document in DOCUMENTS for language, block in _blocks(document) if language == "python"],
+    [
+        (document, block)
+        for document in DOCUMENTS
+        if document not in IN_ORDER
+        for language, block in _blocks(document)
+        if language == "python"
+    ],
     ids=lambda value: value.name if isinstance(value, Path) else "block",
 )
 def test_a_documented_script_runs(server: str, document: Path, block: str) -> None:

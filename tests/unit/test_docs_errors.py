@@ -25,7 +25,9 @@ NO_REASONS = {
 }  # fmt: skip
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment
-    "KEY", "FILE", "QUOTA",  # help
+    "KEY", "FILE", "QUOTA", "ALIAS", "TENANT", "TERMS",  # help
+    "CHECKSUM_MISMATCH", "UPLOAD_OFFSET",  # the server's too
+    "RST_STREAM",  # of HTTP/2
     "DNS",  # in certificates
     "GET",
 } | {code.name for code in grpc.StatusCode}  # fmt: skip
@@ -40,6 +42,7 @@ SECTION_OF_START_ERRORS = {
     "UnreadableBaseError": "The checkpoint cannot be read",
     "UnsupportedBaseError": "The checkpoint would be served wrongly",
     "DatabaseError": "the database",
+    "BundleStoreError": "the data directory",
 }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from motley_adapters.peft_config import HARMLESS_FIELDS, MAX_RANK, REFUSED_FIELDS, SUPPORTED_FIELDS
 from motley_bases.admission import STATIC_ROPE_TYPES
-from motley_server.adapter_sets import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 from motley_server.config import DEFAULT_DATA_DIR, PARSERS, ConfigError, render, resolve
+from motley_server.library.sets import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 
 HOUSE = Path(__file__).resolve().parents[2]
 DOCS = HOUSE / "docs"

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import queue
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from motley_server.engine import engine as engine_module
 from motley_server.engine.engine import Engine
+from motley_server.engine.event_stream import RequestEventStream
 from motley_server.engine.settings import EngineSettings
-from motley_server.engine.types import CandidateDelta, GenerateRequest, RequestEvent, SamplingParams, Usage
-from motley_server.errors import MotleyError, ResourceExhaustedError, UnavailableError
+from motley_server.engine.types import (
+    CandidateDelta,
+    GenerateRequest,
+    KeepOutcome,
+    RequestEvent,
+    SamplingParams,
+    Usage,
+)
+from motley_server.errors import (
+    AbortedError,
+    FailedPreconditionError,
+    MotleyError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from motley_server.lifecycle import Lifecycle
+
+
+class ScriptedKeeper:
+    """Give the outcomes that it was told to give, and note what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.outcomes: queue.SimpleQueue[KeepOutcome] = queue.SimpleQueue()
+
+    def keep(self, ticket: int, digest: str) -> None:
+        self.asked.append(("keep", ticket, digest))
+
+    def unkeep(self, digest: str) -> None:
+        self.asked.append(("unkeep", digest))
+
+    def forget(self, digest: str) -> None:
+        self.asked.append(("forget", digest))
+
+    def take_outcomes(self) -> list[KeepOutcome]:
+        return [self.outcomes.get() for _ in range(self.outcomes.qsize())]
 
 
 class ScriptedCore:
@@ -22,6 +60,7 @@ class ScriptedCore:
 
     def __init__(self, num_steps: int = 10**6) -> None:
         self.runner = SimpleNamespace(warm_up=lambda: None)
+        self.keeper = ScriptedKeeper()
         self.stuck = threading.Event()
         self.release = threading.Event()
         self.deadly = threading.Event()
@@ -191,6 +230,111 @@ def test_requests_beyond_the_bound_are_refused_and_those_within_are_not() -> Non
             Callers(engine, 1)
         assert caught.value.reason == "QUEUE_FULL"
         await engine.drain(0)
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_request_ends_with_the_error_given_and_one_that_is_unknown_is_nothing() -> None:
+    async def scenario() -> None:
+        engine = start(ScriptedCore())
+        num_tokens: list[int] = []
+        request = GenerateRequest("r", "local", (1,), SamplingParams(max_new_tokens=1))
+        stream = engine.submit(request, num_tokens.append)
+        await anext(stream)
+        engine.cancel("another", FailedPreconditionError("no", reason="WRONG"))
+        engine.cancel("r", FailedPreconditionError("its adapter was deleted", reason="ADAPTER_DELETED"))
+        engine.cancel("r", FailedPreconditionError("too late", reason="WRONG"))
+        with pytest.raises(FailedPreconditionError) as caught:
+            await asyncio.wait_for(read_all(stream), 10)
+        assert caught.value.reason == "ADAPTER_DELETED"
+        assert len(num_tokens) == 1
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+def test_every_keeper_hears_of_its_own_ticket_alone() -> None:
+    async def scenario() -> None:
+        core = ScriptedCore()
+        engine = start(core)
+        one, same = (asyncio.ensure_future(engine.keep("a")) for _ in range(2))
+        gone = asyncio.ensure_future(engine.keep("b"))
+        await wait_until(lambda: len(core.keeper.asked) == 3)
+        gone.cancel()
+        engine._deliver_kept([KeepOutcome(2)])  # before the task has seen that it is cancelled
+        for outcome in (KeepOutcome(7), KeepOutcome(2), KeepOutcome(1, AbortedError("no", reason="NO"))):
+            core.keeper.outcomes.put(outcome)
+        with pytest.raises(AbortedError):
+            await same
+        assert not one.done()
+        core.keeper.outcomes.put(KeepOutcome(0))
+        await one
+        engine.unkeep("a")
+        engine.forget("a")
+        await wait_until(lambda: core.keeper.asked[3:] == [("unkeep", "a"), ("forget", "a")])
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("ending", ["stopped", "stuck", "dead"])
+def test_keepers_do_not_outlive_the_engine(ending: str) -> None:
+    async def scenario() -> None:
+        core = ScriptedCore()
+        engine = start(core)
+        callers = Callers(engine, 1)  # so that it steps
+        keeper = asyncio.ensure_future(engine.keep("a"))
+        await wait_until(lambda: bool(core.keeper.asked))
+        {"stopped": threading.Event(), "stuck": core.stuck, "dead": core.deadly}[ending].set()
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            await (engine.wait_ended() if ending == "dead" else engine.stop())
+            with pytest.raises(UnavailableError) as caught:
+                await keeper
+            assert await callers.outcomes() == ["ENGINE_STOPPED"]
+        assert caught.value.reason == "ENGINE_STOPPED"
+        with pytest.raises(UnavailableError):
+            await engine.keep("a")
+        core.release.set()
+
+    asyncio.run(scenario())
+
+
+async def read_all(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+async def wait_until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+def test_a_tenant_that_fills_the_line_leaves_others_their_part_of_it() -> None:
+    async def scenario() -> None:
+        engine = start(ScriptedCore(num_steps=10**6))  # 8 places
+        names = itertools.count()
+
+        def num_let_in(tenant: str, count: int) -> int:
+            num = 0
+            for _ in range(count):
+                request = GenerateRequest(f"{next(names)}", tenant, (1,), SamplingParams(max_new_tokens=1))
+                with contextlib.suppress(ResourceExhaustedError):
+                    streams.append(engine.submit(request, lambda _: None))
+                    num += 1
+            return num
+
+        streams: list[RequestEventStream] = []
+        assert num_let_in("loud", 20) == 8
+        assert [num_let_in("quiet", 20), num_let_in("third", 20)] == [4, 2]
+        assert num_let_in("loud", 1) == 0
+        for stream in streams[1:8]:  # loud keeps one, of fourteen
+            await stream.aclose()
+        while len(engine._streams) > 7:
+            await asyncio.sleep(0.01)
+        assert [num_let_in("quiet", 20), num_let_in("loud", 20)] == [1, 1]
         await engine.stop()
 
     asyncio.run(scenario())

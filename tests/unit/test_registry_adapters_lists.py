@@ -138,7 +138,7 @@ def test_a_token_shows_nothing_that_was_hidden_since(adapters: Adapters, tenants
         ("name=z", ["acme/z"]),
         ("kind=goat", ["y"]),
         ("state=ready  owner=local", ["x", "y"]),
-        ("state=failed", []),
+        ("state=deleting", []),
         ("labels.team=search", ["x"]),
         ("labels.team=search kind=goat", []),
         ('labels.a.b="two words"', ["y"]),

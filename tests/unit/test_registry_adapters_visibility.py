@@ -9,6 +9,7 @@ import pytest
 from adapter_registry import content_of, meaning, publish, statements
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.registry.adapters import Adapters
+from motley_server.registry.names import parse_reference
 from motley_server.registry.records import Visibility
 from motley_server.registry.tenants import Tenants
 
@@ -92,6 +93,17 @@ def test_who_else_may_use_it_is_for_its_owners_eyes_alone(owned: Adapters) -> No
     assert {record.shared_with for record in seen} == {()}
 
 
+def test_who_made_a_version_is_for_its_owners_eyes_alone(owned: Adapters) -> None:
+    maker = content_of().created_by
+    for tenant, wanted in (("acme", {maker}), ("friend", {""}), ("public", {""})):
+        record = owned.get(tenant, "acme", "open")
+        listed = [record.latest for record in owned.list(tenant, filter="owner=acme").items]
+        seen = [record.latest, *listed, *owned.list_versions(tenant, "acme", "open").items]
+        assert {version.created_by for version in seen} == wanted
+    assert owned.get("public", "public", "all").latest.created_by == maker
+    assert owned.share("acme", "acme", "open", Visibility.PRIVATE).latest.created_by == maker
+
+
 # --- one answer, one cost --------------------------------------------------------------------------------------------
 
 NOT_THERE = {
@@ -116,6 +128,24 @@ def test_what_is_not_there_costs_the_same_queries_to_resolve(owned: Adapters, su
     assert {case: texts for case, texts in sent.items() if texts != found} == {}
 
 
+@pytest.mark.parametrize("suffix", ["", "@default", "@1", "@7", f"@{DIGEST}"])
+def test_what_is_not_ones_own_costs_the_same_queries_to_ask_for(owned: Adapters, suffix: str) -> None:
+    costs, answers = set(), set()
+    for name in [*NOT_THERE.values(), "acme/open", "public/all"]:
+        with statements() as sent, pytest.raises(NotFoundError) as missing:
+            owned.own("stranger", parse_reference(name + suffix))
+        costs.add(tuple(sent))
+        answers.add((missing.value.reason, missing.value.field, missing.value.message.replace(name, "")))
+    assert (len(costs), len(answers)) == (1, 1)
+
+
+@pytest.mark.parametrize("suffix", ["", "@default", "@1", f"@{DIGEST}"])
+def test_ones_own_is_what_the_name_means(owned: Adapters, suffix: str) -> None:
+    for tenant, name in (("acme", "private"), ("acme", "acme/open"), ("public", "all"), ("public", "public/all")):
+        reference = parse_reference(name + suffix)
+        assert owned.own(tenant, reference) == owned.resolve(tenant, reference)
+
+
 def test_what_is_not_there_has_one_answer_and_one_cost_in_every_method(owned: Adapters) -> None:
     calls: dict[str, Callable[..., object]] = {
         "get": owned.get,
@@ -125,6 +155,8 @@ def test_what_is_not_there_has_one_answer_and_one_cost_in_every_method(owned: Ad
         "rollback_alias": partial(owned.rollback_alias, alias="default"),
         "share": partial(owned.share, visibility=Visibility.TENANTS, tenants=["friend"]),
         "delete_version": partial(owned.delete_version, version=1),
+        "check_deletable": partial(owned.check_deletable, version=1),
+        "set_pinned": partial(owned.set_pinned, version=1, is_pinned=True),
     }
     changing = set(calls) - {"get", "list_versions"}
     for method, call in calls.items():

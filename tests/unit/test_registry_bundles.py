@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +22,7 @@ from motley_server.errors import (
     ResourceExhaustedError,
 )
 from motley_server.registry.bundle_files import BundleFile, bundle_digest
-from motley_server.registry.bundles import BundleStore
+from motley_server.registry.bundles import BundleStore, BundleStoreError
 from motley_server.registry.disk import Disk
 
 ONE, TWO = Adapter("one"), Adapter("two")
@@ -35,7 +37,8 @@ def store(tmp_path: Path) -> Iterator[BundleStore]:
     store.close()
 
 
-def reopened(root: Path) -> BundleStore:
+def reopened(store: BundleStore, root: Path) -> BundleStore:
+    store.close()
     return BundleStore(root)
 
 
@@ -65,7 +68,7 @@ def test_an_upload_becomes_a_bundle_of_exactly_its_files(store: BundleStore, tmp
 def test_a_commit_may_be_repeated_also_by_another_process(store: BundleStore, tmp_path: Path) -> None:
     upload(store, "u", ONE)
     assert store.commit("u") == ONE.digest
-    again = reopened(tmp_path)
+    again = reopened(store, tmp_path)
     assert again.commit("u") == ONE.digest
     assert dict(again.committed("u")) == {name: len(data) for name, data in ONE.contents.items()}
     assert again.append("u", WEIGHTS, 3, DATA[3:]) == len(DATA)
@@ -159,7 +162,7 @@ def test_a_collection_takes_orphans_alone_and_tells_their_bytes(store: BundleSto
         store.begin(name, ONE.files)
         store.append(name, WEIGHTS, 0, DATA)
     plan_bytes = (tmp_path / "staging" / "stale" / "plan.json").stat().st_size
-    again = reopened(tmp_path)
+    again = reopened(store, tmp_path)
     freed = again.collect({ONE.digest}, {"coming"})
     assert freed == sum(map(len, TWO.contents.values())) + len(DATA) + plan_bytes
     assert bundles_in(tmp_path) == {ONE.digest}
@@ -172,7 +175,7 @@ def test_a_collection_takes_orphans_alone_and_tells_their_bytes(store: BundleSto
 
 def test_the_bundle_of_a_kept_upload_is_kept_until_it_is_on_record(store: BundleStore, tmp_path: Path) -> None:
     upload(store, "u", ONE)
-    again = reopened(tmp_path)
+    again = reopened(store, tmp_path)
     again.collect(set(), {"u"})
     assert again.commit("u") == ONE.digest
     assert bundles_in(tmp_path) == {ONE.digest}
@@ -201,6 +204,35 @@ def test_a_bundle_survives_the_collection_after_its_upload_was_forgotten(store: 
     assert bundles_in(tmp_path) == {ONE.digest}
     store.collect(set(), set())
     assert paths_in(tmp_path) == EMPTY
+
+
+# Tries to open a store, and says how that went.
+OPEN = """
+import sys
+from pathlib import Path
+from motley_server.registry.bundles import BundleStore, BundleStoreError
+try:
+    BundleStore(Path(sys.argv[1]))
+except BundleStoreError as error:
+    print(error.reason, error.message)
+else:
+    print("opened")
+"""
+
+
+def test_one_process_at_a_time_has_a_store(store: BundleStore, tmp_path: Path) -> None:
+    def try_elsewhere() -> str:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", OPEN, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+    assert try_elsewhere() == f"DATA_DIR_IN_USE {tmp_path} is in use: another server has it open"
+    with pytest.raises(BundleStoreError, match="is in use"):
+        BundleStore(tmp_path)
+    assert upload(store, "u", ONE) == ONE.digest
+    store.close()
+    assert try_elsewhere() == "opened"  # and its end lets go of it
+    BundleStore(tmp_path).close()
 
 
 class SlowDisk(Disk):
@@ -318,7 +350,7 @@ def test_uploads_side_by_side_and_collections_among_them_do_not_disturb_each_oth
     for thread in threads:
         thread.join()
     assert failed == []
-    assert bundles_in(tmp_path) == {adapter.digest for adapter in adapters.values()}
+    assert bundles_in(tmp_path) == store.bundles() == {adapter.digest for adapter in adapters.values()}
 
 
 def test_an_upload_whose_bundle_was_removed_does_not_come_back_with_another_of_its_content(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_files_are_synced_before_a_bundle_has_its_name_and_both_folders_after_it
     written = max(number for number, change in enumerate(before) if change == "write")
     assert "fsync adapter_model.safetensors" in before[written:]
     assert before[-1] == "fsync files"
-    assert disk.changes[len(before) + 1 :] == ["fsync new", "fsync bundles"]
+    assert disk.changes[len(before) + 1 :] == ["fsync bundles", "fsync new"]
 
 
 def test_bytes_that_an_earlier_process_left_are_synced_before_they_count(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def store(tmp_path: Path) -> Iterator[BundleStore]:
     store.close()
 
 
-def reopened(root: Path) -> BundleStore:
+def reopened(store: BundleStore, root: Path) -> BundleStore:
+    store.close()
     return BundleStore(root)
 
 
@@ -64,8 +65,7 @@ def test_an_upload_of_other_bytes_than_announced_is_no_bundle(tmp_path: Path, re
     store.begin("u", wrong)
     send(store, "u", ONE)
     if restarts:
-        store.close()
-        store = reopened(tmp_path)
+        store = reopened(store, tmp_path)
     for check in (store.verify, store.commit):
         assert refusal(DataLossError, lambda c=check: c("u")) == ("CHECKSUM_MISMATCH", WEIGHTS)
     assert bundles_in(tmp_path) == set()
@@ -76,7 +76,7 @@ def test_bytes_that_changed_on_disk_between_processes_are_found(store: BundleSto
     store.begin("u", ONE.files)
     send(store, "u", ONE)
     (store.directory_of_upload("u") / WEIGHTS).write_bytes(b"x" * len(DATA))
-    again = reopened(tmp_path)
+    again = reopened(store, tmp_path)
     assert refusal(DataLossError, lambda: again.commit("u")) == ("CHECKSUM_MISMATCH", WEIGHTS)
     again.close()
 
@@ -87,7 +87,7 @@ def test_a_file_longer_than_announced_is_found_even_if_its_checksum_is_right(
     short = [replace(file, size_bytes=file.size_bytes - 1) for file in ONE.files if file.name == WEIGHTS]
     store.begin("u", short)
     (store.directory_of_upload("u") / WEIGHTS).write_bytes(DATA)
-    again = reopened(tmp_path)
+    again = reopened(store, tmp_path)
     assert refusal(DataLossError, lambda: again.verify("u")) == ("CHECKSUM_MISMATCH", WEIGHTS)
     again.close()
 

@@ -257,7 +257,7 @@ def test_what_is_kept_stays_until_it_is_let_go() -> None:
     assert house.residency.is_resident("a")
     with pytest.raises(CapacityError):
         house.residency.check(house.demand(*"bcd"))
-    house.residency.unkeep("a")
+    house.residency.kept.remove("a")
     release(house.pin(*"bcd"))
     assert house.resident() == "bcd"
 
@@ -275,7 +275,7 @@ def test_what_shall_be_kept_takes_the_place_of_what_is_waited_for_and_comes_back
     house.residency.fetch_kept()
     house.settle()
     assert house.resident() == "abd"
-    house.residency.unkeep("d")
+    house.residency.kept.remove("d")
     del house.source.adapters["c"]
     house.residency.keep("c")
     house.residency.fetch_kept()

@@ -6,10 +6,10 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 from admission_door import Door, asking, caller, open_door
-from motley_server.adapter_sets import AdapterSets
 from motley_server.asked import (
     AskedAdapter,
     AskedGeneration,
@@ -24,9 +24,11 @@ from motley_server.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     MotleyError,
+    NotFoundError,
     ResourceExhaustedError,
 )
-from rpc_harness import CONTEXT, EOS, Facts, LetterTokenizer, count_overlaps, digest_of, make_catalog
+from motley_server.library.sets import AdapterSets
+from rpc_harness import CONTEXT, EOS, Facts, LetterTokenizer, count_overlaps, digest_of
 
 
 def test_adapters_are_sorted_by_digest_and_zero_weights_are_absent() -> None:
@@ -39,7 +41,7 @@ def test_adapters_are_sorted_by_digest_and_zero_weights_are_absent() -> None:
         assert door.leases.held == [digest_of("1"), digest_of("9")]
         assert [event async for event in admitted.events][-1].usage is not None
         assert door.leases.held == []
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -57,7 +59,7 @@ def test_s2ft_adapters_of_one_request_may_overlap_and_each_says_how_far() -> Non
         assert await served(door, "columns", "alpha") == [("alpha", "lora", 0), ("columns", "s2ft", 0)]
         assert await served(door, "rows", "apart") == [("rows", "s2ft", 0), ("apart", "s2ft", 0)]
         await door.engine.stop()
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -69,14 +71,74 @@ def test_an_absent_adapter_overlaps_nobody_and_a_set_is_counted_once() -> None:
         counted.append([one.digest for one in specs])
         return count_overlaps(specs)
 
-    sets = AdapterSets(make_catalog(), count)
-    pairs = [("rows", 0.5), ("alpha", 1.0), ("columns", -1.0)]
-    for order in (pairs, pairs[::-1], [(name, weight / 2) for name, weight in pairs]):
-        served = sets.resolve([AskedAdapter(*pair) for pair in order], caller())
-        assert [one.overlapping_channels for one in served] == [0, 2, 2]
-    assert counted == [[digest_of("a"), digest_of("b")]]
-    absent = sets.resolve([AskedAdapter("columns"), AskedAdapter("rows", 0.0)], caller())
-    assert [(one.name, one.overlapping_channels) for one in absent] == [("columns", 0)]
+    async def taken(sets: AdapterSets, *asked: AskedAdapter) -> list[tuple[str, int]]:
+        with await sets.take(asked, caller()) as held:
+            return [(one.name, one.overlapping_channels) for one in held.adapters]
+
+    async def scenario() -> None:
+        door = open_door()
+        library, intake = door.library, cast(Any, door.library.intake)
+        registry = library.registry
+        sets = AdapterSets(registry.database, registry.adapters, library.holds, intake, cast(Any, count))
+        pairs = [("rows", 0.5), ("alpha", 1.0), ("columns", -1.0)]
+        for order in (pairs, pairs[::-1], [(name, weight / 2) for name, weight in pairs]):
+            found = await taken(sets, *(AskedAdapter(*pair) for pair in order))
+            assert found == [("alpha", 0), ("columns", 2), ("rows", 2)]
+        assert counted == [[digest_of("a"), digest_of("b")]]
+        assert await taken(sets, AskedAdapter("columns"), AskedAdapter("rows", 0.0)) == [("columns", 0)]
+        assert door.leases.held == []
+        await door.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "version", "letter"),
+    [
+        ("zeta", "zeta", 2, "2"),
+        ("zeta@default", "zeta", 2, "2"),
+        ("zeta@1", "zeta", 1, "1"),
+        ("local/zeta@1", "zeta", 1, "1"),
+        ("public/shared", "public/shared", 1, "5"),
+        (f"zeta@{digest_of('1')}", "zeta", 1, "1"),
+    ],
+)
+def test_a_name_means_one_version(text: str, name: str, version: int, letter: str) -> None:
+    async def scenario() -> None:
+        door = open_door()
+        admitted = await door.admission.generate(asking((text, None)), caller())
+        (served,) = admitted.request.adapters
+        assert (served.name, served.version, served.digest) == (name, version, digest_of(letter))
+        await admitted.events.aclose()
+        await door.engine.stop()
+        await door.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("text", ["nobody", "zeta@3", "zeta@prod", "other/secret", "shared", f"zeta@{digest_of('3')}"])
+def test_what_a_tenant_cannot_use_is_not_there(text: str) -> None:
+    async def scenario() -> None:
+        door = open_door()
+        with pytest.raises(NotFoundError) as caught:
+            await door.admission.generate(asking(("alpha", None), (text, None)), caller())
+        assert (caught.value.reason, caught.value.field) == ("ADAPTER_NOT_FOUND", "adapters[1].name")
+        assert caught.value.message == f"there is no adapter {text!r} that you may use"
+        assert (door.leases.held, door.library.holds.bundles(), door.engine.submitted) == ([], set(), [])
+        await door.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_malformed_name_is_the_callers_fault() -> None:
+    async def scenario() -> None:
+        door = open_door()
+        with pytest.raises(InvalidArgumentError) as caught:
+            await door.admission.generate(asking(("a@@", None)), caller())
+        assert (caught.value.reason, caught.value.field) == ("INVALID_ADAPTER_NAME", "adapters[0].name")
+        await door.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("weight", [100.0, -100.0])
@@ -87,7 +149,7 @@ def test_the_largest_weights_are_taken(weight: float) -> None:
         assert [one.weight for one in admitted.request.adapters] == [weight]
         await admitted.events.aclose()
         await door.engine.stop()
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -113,7 +175,7 @@ def test_many_turns_are_rendered_off_the_loop_though_they_say_little(turns: list
         door.tokenizer.render_chat = watch  # type: ignore[method-assign, assignment]
         await door.admission.tokenize(ChatPrompt(tuple(turns)))
         assert [thread is not threading.main_thread() for thread in threads] == [is_long]
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -128,7 +190,7 @@ def test_leases_return_when_the_engine_refuses(error: MotleyError | None) -> Non
             await door.admission.generate(asking(("alpha", None), ("zeta", None)), caller())
         assert door.leases.held == []
         assert door.refusals.number == (1 if error else 0)
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -148,7 +210,7 @@ def test_leases_return_when_a_later_one_cannot_be_had() -> None:
             await door.admission.generate(asking(("zeta@1", None), ("alpha", None)), caller())
         assert door.leases.held == []
         assert door.engine.submitted == []
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -163,7 +225,7 @@ def test_a_deadline_that_has_passed_never_reaches_the_engine() -> None:
         with pytest.raises(DeadlineExceededError):
             await door.admission.score(AskedScoring(TextPrompt("a"), ("b",)), late)
         assert (door.engine.submitted, door.leases.held, door.refusals.number) == ([], [], 2)
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -185,7 +247,7 @@ def test_a_score_is_admitted_whole_or_not_at_all() -> None:
         assert door.engine.cancelled == [request.request_id for request in door.engine.submitted]
         await door.engine.stop()
         assert (door.leases.held, door.refusals.number) == ([], 1)
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -203,7 +265,7 @@ def test_a_prompt_leaves_room_for_one_token(num_tokens: int, fits: bool) -> None
             with pytest.raises(InvalidArgumentError, match="context"):
                 await door.admission.generate(asked, caller())
         await door.engine.stop()
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -218,7 +280,7 @@ def test_a_scored_text_may_fill_the_context() -> None:
         with pytest.raises(InvalidArgumentError):
             await door.admission.score(AskedScoring(prompt, ("abcd",)), caller())
         await door.engine.stop()
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -233,7 +295,7 @@ def test_bytes_are_counted_not_characters() -> None:
         turns = ChatPrompt((ChatTurn("user", "a" * 500), ChatTurn("user", "a" * 500)))
         with pytest.raises(InvalidArgumentError):
             await door.admission.tokenize(turns)
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -244,7 +306,7 @@ def test_a_conversation_without_a_template_is_refused() -> None:
         with pytest.raises(FailedPreconditionError) as caught:
             await door.admission.tokenize(ChatPrompt((ChatTurn("user", "hi"),)))
         assert (caught.value.reason, caught.value.field) == ("NO_CHAT_TEMPLATE", "prompt.chat")
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())
 
@@ -256,6 +318,6 @@ def test_eos_of_the_base_reaches_the_engine() -> None:
         assert admitted.request.sampling.stop_token_ids == (EOS,)
         await admitted.events.aclose()
         await door.engine.stop()
-        door.admission.close()
+        await door.close()
 
     asyncio.run(scenario())

@@ -86,11 +86,16 @@ def check_products(name: str, unit: DeltaUnit) -> None:
     """
     assert unit.a is not None
     assert unit.b is not None
-    a, b = (factor.abs().amax(dim=1).to(torch.float64) for factor in (unit.a, unit.b))
+    a, b = (_largest_by_rank(factor) for factor in (unit.a, unit.b))
     largest = abs(unit.scaling) * float(torch.stack((a * b, a, b)).max())
     if not largest <= LARGEST_WEIGHT:
         message = f"{name} becomes {largest:g} at a scale of {unit.scaling:g}, and no weight may be beyond"
         raise AdapterFormatError(f"{message} {LARGEST_WEIGHT:g}", reason="WEIGHT_TOO_LARGE", field=name)
+
+
+def _largest_by_rank(factor: Tensor) -> Tensor:
+    low, high = factor.aminmax(dim=1)  # unlike abs(), it makes no copy
+    return torch.maximum(-low, high).to(torch.float64)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ from motley_bases.spec import BaseSpec
 from motley_kernels.adapter_delta import DeltaUnit
 
 from motley_adapters.errors import AdapterFormatError
+from motley_adapters.formats import FileReader, read_file
 from motley_adapters.manifest_object import ManifestObject
 from motley_adapters.spec import BaseTensor, Channels, Part
 
@@ -18,7 +19,8 @@ from motley_adapters.spec import BaseTensor, Channels, Part
 class KindSource:
     """A directory to read, the base to hold it against, and the object under the kind's name in its manifest.
 
-    Semantics: `residuals` is a folder of shared residual files by digest, for directories that hold none.
+    Semantics: `residuals` is a folder of shared residual files by digest, for directories that hold none; `read` is how
+    tensor files are read.
     """
 
     directory: Path
@@ -26,6 +28,7 @@ class KindSource:
     base_tensor: BaseTensor | None = None
     residuals: Path | None = None
     manifest_details: ManifestObject | None = None
+    read: FileReader = read_file
 
     def details(self, kind: str) -> ManifestObject:
         """Return the manifest's object for the kind.
@@ -40,7 +43,11 @@ class KindSource:
 
 @dataclass(frozen=True, slots=True)
 class KindContent:
-    """An adapter's own units by module path, the parts it shares, and for S2FT the channels it changes."""
+    """An adapter's own units by module path, the parts it shares, and for S2FT the channels it changes.
+
+    Semantics: tensors have the dtypes of the file and mostly are views of it; a mapping may make a unit anew each time
+    it is asked for one. So whoever keeps a unit copies it.
+    """
 
     units: Mapping[str, DeltaUnit]
     shared: tuple[Part, ...] = ()

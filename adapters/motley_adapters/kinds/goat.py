@@ -27,7 +27,6 @@ from motley_adapters.formats import (
     RESIDUAL_FILE,
     TENSOR_FILE,
     has_file,
-    read_file,
     read_tensor_file,
     refuse_peft_config,
 )
@@ -97,14 +96,12 @@ class GoatModule:
     residual_b: Tensor
 
     def unit(self, top_k: int) -> DeltaUnit:
-        """Return the routed unit."""
-        a, b = self.a.to(torch.float32), self.b.to(torch.float32)
-        return DeltaUnit(a.contiguous(), b.T.contiguous(), self.scale, gate=Gate(self.router, top_k))
+        """Return the routed unit, over the same memory."""
+        return DeltaUnit(self.a, self.b.T, self.scale, gate=Gate(self.router, top_k))
 
     def residual_unit(self, scaling: float) -> DeltaUnit:
-        """Return the unit of the residual."""
-        a, b = self.residual_a.to(torch.float32), self.residual_b.to(torch.float32)
-        return DeltaUnit(a.contiguous(), b.T.contiguous(), scaling)
+        """Return the unit of the residual, over the same memory."""
+        return DeltaUnit(self.residual_a, self.residual_b.T, scaling)
 
 
 def read_goat(source: KindSource) -> KindContent:
@@ -118,7 +115,7 @@ def read_goat(source: KindSource) -> KindContent:
     details = source.details(KIND)
     geometry, scales, residual_digest = _read_details(details)
     sides = {path: check_linear(path, source.base, f"{details.path}.scales.{path}", KIND) for path in scales}
-    tensors = parse_tensors(read_tensor_file(source.directory))
+    tensors = parse_tensors(read_tensor_file(source.directory, source.read))
     _check_scales(tensors, scales, details)
     _check_theory(geometry, scales, sides, details)
     residuals = _read_residual(source, residual_digest)
@@ -254,13 +251,13 @@ def _check_theory(
 
 def _read_residual(source: KindSource, digest: str) -> dict[str, Tensor]:
     if has_file(source.directory, RESIDUAL_FILE):
-        content = read_file(source.directory, RESIDUAL_FILE, MAX_TENSOR_FILE_BYTES)
+        content = source.read(source.directory, RESIDUAL_FILE, MAX_TENSOR_FILE_BYTES)
         return parse_tensors(content, file=RESIDUAL_FILE)
     name = _residual_name(digest)
     if source.residuals is None or not has_file(source.residuals, name):
         message = f"there is no {RESIDUAL_FILE}, and no residual {digest} is kept here"
         raise AdapterMismatchError(message, reason="MISSING_RESIDUAL", field="motley_manifest.goat.residual")
-    return parse_tensors(read_file(source.residuals, name, MAX_TENSOR_FILE_BYTES), file=name)
+    return parse_tensors(source.read(source.residuals, name, MAX_TENSOR_FILE_BYTES), file=name)
 
 
 def _residual_name(digest: str) -> str:

@@ -22,7 +22,7 @@ from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.module_patterns import PatternMatcher
 from motley_adapters.peft_config import PeftLoraConfig, parse_lora_config
 from motley_adapters.spec import BaseTensor
-from motley_adapters.tensor_file import parse_tensors
+from motley_adapters.tensor_file import in_pieces, parse_tensors
 
 KIND = "lora"
 
@@ -50,7 +50,7 @@ class _Factors:
 def read_lora(source: KindSource) -> KindContent:
     """Read a PEFT LoRA directory.
 
-    Shapes: as in `Adapter`; float32, contiguous, on the CPU.
+    Shapes: as in `Adapter`.
     Raises: AdapterFormatError for files that are malformed, unsupported or at odds with each other;
     AdapterMismatchError for modules or shapes that are not the base's. The field is the tensor's name, the module's
     path or the config's field.
@@ -62,7 +62,7 @@ def read_peft_units(source: KindSource) -> dict[str, DeltaUnit]:
     """Return the units of a PEFT LoRA directory by module path of the base; see `read_lora`."""
     base = source.base
     config = _spell_out_targets(parse_lora_config(read_json_file(source.directory, CONFIG_FILE)), base)
-    tensors = parse_tensors(read_tensor_file(source.directory))
+    tensors = parse_tensors(read_tensor_file(source.directory, source.read))
     factors = _sort_tensors(tensors, base, source.base_tensor)
     matcher = PatternMatcher()
     _check_targets(factors, config, base, matcher)
@@ -130,11 +130,21 @@ def _check_base_weight(name: str, path: str, tensor: Tensor, base: BaseSpec, bas
     if base_tensor is None:
         message = f"{name} is a copy of a base weight, and the base's own is not at hand to compare"
         raise AdapterMismatchError(message, reason="BASE_WEIGHT_UNVERIFIED", field=name)
-    ours = base_tensor(f"{base.embedding_path if is_embedding else path}.weight").detach().to("cpu")
-    # Either side may have been loaded at a lower precision: equal as far as the coarser of the two can tell.
-    if not torch.equal(ours.to(tensor.dtype), tensor) and not torch.equal(tensor.to(ours.dtype), ours):
+    if not _are_equal(base_tensor(f"{base.embedding_path if is_embedding else path}.weight").detach(), tensor):
         message = f"{name} differs from the base's {path}.weight; a replaced weight is not served"
         raise AdapterMismatchError(message, reason="BASE_WEIGHT_DIFFERS", field=name)
+
+
+def _are_equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Compare two weights as far as the coarser can tell: either may have been loaded at a lower precision."""
+    if ours.shape != theirs.shape:
+        return False
+    is_ours_finer = is_theirs_finer = True
+    for our_piece, their_piece in zip(in_pieces(ours), in_pieces(theirs), strict=True):
+        at_hand = our_piece.to("cpu")
+        is_ours_finer = is_ours_finer and torch.equal(at_hand.to(their_piece.dtype), their_piece)
+        is_theirs_finer = is_theirs_finer and torch.equal(their_piece.to(at_hand.dtype), at_hand)
+    return is_ours_finer or is_theirs_finer
 
 
 def _check_targets(
@@ -171,7 +181,6 @@ def _unit(path: str, pair: _Factors, config: PeftLoraConfig, base: BaseSpec, mat
     names = [f"{_PREFIX}{path}{suffix}" for suffix in pair.suffixes]
     check_factor(names[0], pair.a, (rank, inputs), rank_axis=0, source=_RANK_SOURCE)
     check_factor(names[1], pair.b, (outputs, rank), rank_axis=1, source=_RANK_SOURCE)
-    b = pair.b.to(torch.float32).T.contiguous()  # as the operator reads it: a row per rank
-    unit = DeltaUnit(pair.a.to(torch.float32), b, config.scaling(alpha, rank))
+    unit = DeltaUnit(pair.a, pair.b.T, config.scaling(alpha, rank))
     check_products(names[1], unit)
     return unit

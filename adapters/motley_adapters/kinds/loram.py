@@ -7,7 +7,7 @@ blocks; any thread but the event loop's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -56,30 +56,62 @@ def write_loram_manifest(
     return digest
 
 
-def compact(unit: DeltaUnit) -> DeltaUnit | None:
-    """Return a plain unit without the channels that it does not change or read, or None if it changes nothing."""
+class CompactUnits(Mapping[str, DeltaUnit]):
+    """Units without the channels that they do not read or change, and without those that change nothing.
+
+    Semantics: each is gathered when it is asked for, since all of them together are as large as the adapter. `whole` is
+    left as it is.
+    """
+
+    def __init__(self, units: Mapping[str, DeltaUnit], whole: str) -> None:
+        self._units = units
+        self._used = {path: _used_channels(unit) for path, unit in units.items() if path != whole}
+        changing = {path for path, (inputs, outputs) in self._used.items() if inputs.any() and outputs.any()}
+        self._paths = tuple(path for path in units if path == whole or path in changing)
+
+    def __getitem__(self, path: str) -> DeltaUnit:
+        if path not in self._paths:
+            raise KeyError(path)
+        unit = self._units[path]
+        if path not in self._used:
+            return unit
+        assert unit.a is not None
+        assert unit.b is not None
+        used_inputs, used_outputs = self._used[path]
+        a, inputs = _columns(unit.a, used_inputs)
+        b, outputs = _columns(unit.b, used_outputs)
+        return DeltaUnit(a, b, unit.scaling, inputs, outputs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _read_compact(source: KindSource) -> CompactUnits:
+    # A token's id picks one column of an embedding's factor, so there is nothing to leave out.
+    units = CompactUnits(read_peft_units(source), whole=source.base.embedding_path)
+    if not units:
+        raise AdapterFormatError("every module's delta is zero", reason="EMPTY_ADAPTER", field="lora_B")
+    return units
+
+
+def _used_channels(unit: DeltaUnit) -> tuple[Tensor, Tensor]:
+    """Tell of each input and of each output whether any weight on it is not zero."""
     assert unit.a is not None
     assert unit.b is not None
-    a, inputs = _without_zeros(unit.a)
-    b, outputs = _without_zeros(unit.b)
-    if not a.numel() or not b.numel():
-        return None
-    return DeltaUnit(a, b, unit.scaling, inputs, outputs)
+    return _any_in_column(unit.a), _any_in_column(unit.b)
 
 
-def _read_compact(source: KindSource) -> dict[str, DeltaUnit]:
-    units = read_peft_units(source)
-    # A token's id picks one column of an embedding's factor, so there is nothing to leave out.
-    compacted = {p: unit if p == source.base.embedding_path else compact(unit) for p, unit in units.items()}
-    kept = {path: unit for path, unit in compacted.items() if unit is not None}
-    if not kept:
-        raise AdapterFormatError("every module's delta is zero", reason="EMPTY_ADAPTER", field="lora_B")
-    return kept
+def _any_in_column(factor: Tensor) -> Tensor:
+    low, high = factor.aminmax(dim=0)  # unlike any(), it makes no copy
+    return (low != 0) | (high != 0)
 
 
-def _without_zeros(factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a factor's columns that are not all zero, and which they are; None if that is all of them."""
-    kept = torch.nonzero(factor.any(dim=0)).flatten()
-    if len(kept) == factor.shape[1]:
+def _columns(factor: Tensor, used: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a factor's used columns, and which they are; None if that is all of them."""
+    if used.all():
         return factor, None
-    return factor[:, kept].contiguous(), kept.to(torch.int32)
+    kept = torch.nonzero(used).flatten()
+    return factor[:, kept], kept.to(torch.int32)

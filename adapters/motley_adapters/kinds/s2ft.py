@@ -46,11 +46,10 @@ class ChannelBlock:
 
     @property
     def unit(self) -> DeltaUnit:
-        """Return the unit that computes it, in float32."""
-        weight = self.weight.to(torch.float32)
+        """Return the unit that computes it, over the same memory."""
         if self.side == "input":
-            return DeltaUnit(None, weight.T.contiguous(), 1.0, inputs=self.indices)
-        return DeltaUnit(weight.contiguous(), None, 1.0, outputs=self.indices)
+            return DeltaUnit(None, self.weight.T, 1.0, inputs=self.indices)
+        return DeltaUnit(self.weight, None, 1.0, outputs=self.indices)
 
     @property
     def channels(self) -> Channels:
@@ -80,7 +79,7 @@ def read_blocks(source: KindSource) -> dict[str, ChannelBlock]:
     sides = {path: cast(Side, modules.choice(path, ("input", "output"))) for path in sorted(modules)}
     if not sides:
         raise details.error("INVALID_FIELD", "modules", "names no module")
-    tensors = parse_tensors(read_tensor_file(source.directory), dtypes=FLOATS_AND_INDICES)
+    tensors = parse_tensors(read_tensor_file(source.directory, source.read), dtypes=FLOATS_AND_INDICES)
     blocks = {path: _block(path, side, tensors, source.base) for path, side in sides.items()}
     refuse_others(tensors, KIND)
     return blocks

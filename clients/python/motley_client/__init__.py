@@ -53,10 +53,29 @@ if TYPE_CHECKING:
         TokenLogprobs,
         Usage,
     )
+    from motley_client.types_adapters import (
+        Adapter,
+        AdapterKind,
+        AdapterResidency,
+        AdapterState,
+        AdapterVersion,
+        Alias,
+        ResolvedAdapter,
+        UploadPhase,
+        UploadProgress,
+        UploadStatus,
+        Visibility,
+    )
 
 __all__ = [
     "AbortedError",
+    "Adapter",
     "AdapterChoice",
+    "AdapterKind",
+    "AdapterResidency",
+    "AdapterState",
+    "AdapterVersion",
+    "Alias",
     "AlreadyExistsError",
     "AsyncClient",
     "CancelledRequestError",
@@ -81,6 +100,7 @@ __all__ = [
     "OutOfRangeError",
     "PermissionDeniedError",
     "Quota",
+    "ResolvedAdapter",
     "ResourceExhaustedError",
     "Role",
     "Sampling",
@@ -95,10 +115,14 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "UploadPhase",
+    "UploadProgress",
+    "UploadStatus",
     "Usage",
+    "Visibility",
 ]
 
-_HOMES = ("types", "errors", "client", "aio")  # the lightest first
+_HOMES = ("types", "types_adapters", "errors", "client", "aio")  # the lightest first
 
 
 if not TYPE_CHECKING:  # or any name would pass as an object

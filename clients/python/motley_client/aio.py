@@ -1,7 +1,8 @@
 """The client for asyncio.
 
-Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`. What they say
-is in `convert`, how they wait and end in `connection`. An `AsyncClient` belongs to the loop it was made on.
+Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`, those for
+adapters in `adapter_calls`, `upload` and `download`. What they say is in `convert`, how they wait and end in
+`connection`. An `AsyncClient` belongs to the loop it was made on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from motley.v1.inference_pb2_grpc import InferenceServiceStub
 from motley.v1.server_pb2_grpc import ServerServiceStub
 
 from motley_client import convert
+from motley_client.download import AsyncDownloadCalls
 from motley_client.errors import from_rpc_error
 from motley_client.tenant_calls import AsyncTenantCalls
 from motley_client.types import (
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # of the stubs alone
     from motley.v1.server_pb2_grpc import ServerServiceAsyncStub
 
 
-class AsyncClient(AsyncTenantCalls):
+class AsyncClient(AsyncTenantCalls, AsyncDownloadCalls):
     """Ask a Motley server from a running event loop; many requests at once share one connection.
 
     Semantics: every method takes `timeout`, which stands in for the client's own; None means to wait as long as it
@@ -112,7 +114,7 @@ class AsyncClient(AsyncTenantCalls):
         return response.text
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Return what the server is, its limits, and the adapters that can be named."""
+        """Return what the server is, and its limits."""
         response = await self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest(), timeout)
         return convert.server_info(response)
 

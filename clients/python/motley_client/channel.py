@@ -22,6 +22,11 @@ _RETRIED = {
         *("GetTenant", "ListTenants", "ListKeys"),
         *("CreateTenant", "UpdateTenant", "DeleteTenant", "CreateKey", "RevokeKey"),
     ),
+    # A pin twice is a pin. AbortUpload is not here: what was done already is NOT_FOUND to its repeat.
+    "motley.v1.AdapterService": (
+        *("GetUpload", "GetAdapter", "ListAdapters", "ListAdapterVersions", "PinAdapter", "UnpinAdapter"),
+        *("SetAlias", "RollbackAlias", "ShareAdapter", "DeleteAdapterVersion"),
+    ),
 }
 _SERVICE_CONFIG = {
     "methodConfig": [

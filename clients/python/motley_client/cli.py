@@ -16,14 +16,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from motley_client import cli_tenants
+from motley_client import cli_adapters, cli_tenants
 from motley_client.cli_options import (
     CaFileOption,
     InsecureOption,
     JsonOption,
-    KeyOption,
+    Server,
     ServerOption,
-    connect,
+    asks_server,
     naming_ca_file,
 )
 from motley_client.endpoint import UNREACHABLE
@@ -71,6 +71,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="One base model, many adapters, every request wearing its own.",
 )
+app.add_typer(cli_adapters.app, name="adapters")
 app.add_typer(cli_tenants.app, name="tenants")
 
 PromptArgument = Annotated[str, typer.Argument(help="The text to continue.", show_default=False)]
@@ -99,12 +100,10 @@ def motley(
 
 
 @app.command()
+@asks_server
 def generate(
+    server: Server,
     prompt: PromptArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
     adapter: AdapterOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Stop after this many tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="0 takes the likeliest token.")] = None,
@@ -124,7 +123,7 @@ def generate(
     )
     text = None if chat else prompt
     messages = [ChatMessage("user", prompt)] if chat else None
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         if json_output:
             answer = client.generate(text, messages=messages, adapters=adapters, **sampling)
             typer.echo(json.dumps(_generation_json(answer)))
@@ -142,19 +141,17 @@ def generate(
 
 
 @app.command()
+@asks_server
 def score(
+    server: Server,
     prompt: PromptArgument,
     continuations: Annotated[list[str], typer.Argument(help="Texts that might follow.", show_default=False)],
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
     adapter: AdapterOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Print how likely each CONTINUATION is after PROMPT, as a log-probability."""
     adapters = _adapters(adapter)
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         scored = client.score(prompt, continuations, adapters=adapters)
     if json_output:
         typer.echo(json.dumps(_score_json(scored, continuations)))
@@ -165,15 +162,10 @@ def score(
 
 
 @app.command()
-def info(
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Print what the server is, its limits and the adapters that can be named."""
-    with connect(server, key, ca_file, insecure) as client:
+@asks_server
+def info(server: Server, json_output: JsonOption = False) -> None:
+    """Print what the server is, and its limits; `motley adapters list` names its adapters."""
+    with server.connect() as client:
         found = client.info()
     if json_output:
         typer.echo(json.dumps(asdict(found)))
@@ -271,6 +263,5 @@ def _score_json(scored: Score, continuations: list[str]) -> dict[str, Any]:
 
 def _info_rows(found: ServerInfo) -> list[tuple[str, object]]:
     facts = asdict(found)
-    limits, adapters, kinds = facts.pop("limits"), facts.pop("adapters"), facts.pop("adapter_kinds")
-    rows = [*facts.items(), ("adapter_kinds", " ".join(kinds)), *limits.items()]
-    return rows + [("adapter", f"{one['name']}@{one['version']} {one['digest']} {one['kind']}") for one in adapters]
+    limits, kinds = facts.pop("limits"), facts.pop("adapter_kinds")
+    return [*facts.items(), ("adapter_kinds", " ".join(kinds)), *limits.items()]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from motley_client.cli_options import CaFileOption, InsecureOption, JsonOption, KeyOption, ServerOption, connect
+from motley_client.cli_options import JsonOption, Server, asks_server
 from motley_client.cli_table import moment, table
 from motley_client.types import Key, Role
 
@@ -40,12 +40,10 @@ def read_expiry(text: str) -> datetime:
 
 
 @app.command()
+@asks_server
 def create(
+    server: Server,
     tenant: TenantArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
     role: Annotated[Role, typer.Option("--role", help="What the new key may do.")] = Role.USER,
     expires: Annotated[
         datetime | None,
@@ -54,7 +52,7 @@ def create(
     json_output: JsonOption = False,
 ) -> None:
     """Make a key of TENANT, and print its secret: this once."""
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         made = client.create_key(tenant, role, expire_time=expires)
     if json_output:
         typer.echo(json.dumps({"key": key_json(made.key), "secret": made.secret}))
@@ -66,16 +64,10 @@ def create(
 
 
 @app.command("list")
-def list_(
-    tenant: TenantArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
-    json_output: JsonOption = False,
-) -> None:
+@asks_server
+def list_(server: Server, tenant: TenantArgument, json_output: JsonOption = False) -> None:
     """List the keys of TENANT, without their secrets."""
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         found = list(client.list_keys(tenant))
     if json_output:
         typer.echo(json.dumps({"keys": [key_json(one) for one in found]}))
@@ -88,15 +80,13 @@ def list_(
 
 
 @app.command()
+@asks_server
 def revoke(
+    server: Server,
     key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.", show_default=False)],
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
 ) -> None:
     """Revoke a key: it opens nothing from the next request on."""
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         revoked = client.revoke_key(key_id)
     typer.echo(f"revoked key {revoked.id} of tenant {revoked.tenant_id}")
 

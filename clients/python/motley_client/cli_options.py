@@ -1,14 +1,17 @@
 """The flags that every command which asks a server shares, and the client that they choose.
 
-Owns how those flags are called (scripts rely on it). Loads gRPC only to connect. Runs on the main thread.
+Owns how those flags are called (scripts rely on it), and gives them to a command. Loads gRPC only to connect. Runs on
+the main thread.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
@@ -31,6 +34,47 @@ InsecureOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+_SERVER_FLAGS = {"server": ServerOption, "key": KeyOption, "ca_file": CaFileOption, "insecure": InsecureOption}
+_Arguments = ParamSpec("_Arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The server that a command is for, as far as its flags say."""
+
+    settings: Settings
+
+    def connect(self) -> Client:
+        """Make a client of what the flags, the environment and the config file say.
+
+        Raises: SettingsError for whatever makes no endpoint, or a CA file that is none.
+        """
+        from motley_client.client import Client
+
+        found = endpoint(self.settings, os.environ)
+        with naming_ca_file():
+            return Client(found.address, found.key, ca_file=found.ca_file, insecure=found.insecure)
+
+
+def asks_server(command: Callable[Concatenate[Server, _Arguments], None]) -> Callable[..., None]:
+    """Give a command the flags that choose a server, behind its arguments, and call it with that server first."""
+
+    def run(server: str | None, key: str | None, ca_file: str | None, insecure: bool | None, **arguments: Any) -> None:
+        command(Server(Settings(server, key, ca_file, insecure)), **arguments)  # type: ignore[call-arg]
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+        for name, annotation in _SERVER_FLAGS.items()
+    ]
+    arguments = [one for one in own if one.default is inspect.Parameter.empty]
+    options = [one for one in own if one.default is not inspect.Parameter.empty]
+    parameters = [*arguments, *flags, *options]
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer makes flags of
+    return run
+
 
 @contextmanager
 def naming_ca_file() -> Iterator[None]:
@@ -41,15 +85,3 @@ def naming_ca_file() -> Iterator[None]:
         raise SettingsError(f"{error.filename}: {error.strerror}", field="ca_file") from error
     except ValueError as error:
         raise SettingsError(str(error), field="ca_file") from error
-
-
-def connect(server: str | None, key: str | None, ca_file: str | None, insecure: bool | None) -> Client:
-    """Make a client of what the flags, the environment and the config file say.
-
-    Raises: SettingsError for whatever makes no endpoint, or a CA file that is none.
-    """
-    from motley_client.client import Client
-
-    found = endpoint(Settings(server, key, ca_file, insecure), os.environ)
-    with naming_ca_file():
-        return Client(found.address, found.key, ca_file=found.ca_file, insecure=found.insecure)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from motley_client import cli_keys
-from motley_client.cli_options import CaFileOption, InsecureOption, JsonOption, KeyOption, ServerOption, connect
+from motley_client.cli_options import JsonOption, Server, asks_server
 from motley_client.cli_table import moment, table
 from motley_client.types import Quota, Tenant
 
@@ -63,12 +63,10 @@ LiftOption = Annotated[
 
 
 @app.command()
+@asks_server
 def create(
+    server: Server,
     tenant: TenantArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
     display_name: DisplayNameOption = None,
     adapters: AdaptersOption = None,
     adapter_bytes: AdapterBytesOption = None,
@@ -82,20 +80,15 @@ def create(
     quota = Quota(
         adapters, adapter_bytes, requests_in_flight, requests_per_minute, tokens_per_minute, training_jobs, weight
     )
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         _show(client.create_tenant(tenant, display_name or "", quota))
 
 
 @app.command("list")
-def list_(
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
-    json_output: JsonOption = False,
-) -> None:
+@asks_server
+def list_(server: Server, json_output: JsonOption = False) -> None:
     """List every tenant."""
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         found = list(client.list_tenants())
     if json_output:
         typer.echo(json.dumps({"tenants": [tenant_json(one) for one in found]}))
@@ -105,16 +98,10 @@ def list_(
 
 
 @app.command()
-def show(
-    tenant: TenantArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
-    json_output: JsonOption = False,
-) -> None:
+@asks_server
+def show(server: Server, tenant: TenantArgument, json_output: JsonOption = False) -> None:
     """Show TENANT and its quotas."""
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         found = client.get_tenant(tenant)
     if json_output:
         typer.echo(json.dumps(tenant_json(found)))
@@ -123,12 +110,10 @@ def show(
 
 
 @app.command()
+@asks_server
 def update(
+    server: Server,
     tenant: TenantArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
     display_name: DisplayNameOption = None,
     adapters: AdaptersOption = None,
     adapter_bytes: AdapterBytesOption = None,
@@ -148,23 +133,21 @@ def update(
     )
     if display_name is None and quota == Quota() and not lift:
         raise typer.BadParameter("name at least one thing to change, such as --requests-per-minute 60")
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         _show(client.update_tenant(tenant, display_name=display_name, quota=quota, lift=lift or (), etag=etag))
 
 
 @app.command()
+@asks_server
 def delete(
+    server: Server,
     tenant: TenantArgument,
-    server: ServerOption = None,
-    key: KeyOption = None,
-    ca_file: CaFileOption = None,
-    insecure: InsecureOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete TENANT, which must own no adapters, and its keys."""
     if not yes:
         typer.confirm(f"Delete tenant {tenant}? Its keys stop working at once.", abort=True, err=True)
-    with connect(server, key, ca_file, insecure) as client:
+    with server.connect() as client:
         client.delete_tenant(tenant)
     typer.echo(f"deleted tenant {tenant}")
 

@@ -1,7 +1,8 @@
 """The client for ordinary, blocking Python.
 
-Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`. What they say
-is in `convert`, how they wait and end in `connection`. A `Client` may be shared by threads.
+Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`, those for
+adapters in `adapter_calls`, `upload` and `download`. What they say is in `convert`, how they wait and end in
+`connection`. A `Client` may be shared by threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from motley.v1.inference_pb2_grpc import InferenceServiceStub
 from motley.v1.server_pb2_grpc import ServerServiceStub
 
 from motley_client import convert
+from motley_client.download import DownloadCalls
 from motley_client.errors import from_rpc_error
 from motley_client.tenant_calls import TenantCalls
 from motley_client.types import (
@@ -31,7 +33,7 @@ from motley_client.types import (
 )
 
 
-class Client(TenantCalls):
+class Client(TenantCalls, DownloadCalls):
     """Ask a Motley server, blocking until it has answered.
 
     Semantics: every method takes `timeout`, which stands in for the client's own; None means to wait as long as it
@@ -106,7 +108,7 @@ class Client(TenantCalls):
         return self._call(self._inference.Detokenize, convert.detokenize_request(token_ids), timeout).text
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Return what the server is, its limits, and the adapters that can be named."""
+        """Return what the server is, and its limits."""
         return convert.server_info(self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest(), timeout))
 
     def capacity(self, *, timeout: float | None = None) -> Capacity:

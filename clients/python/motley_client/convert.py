@@ -1,20 +1,19 @@
 """Python values to protobuf requests, protobuf responses to Python values: the last sight of protobuf in the client.
 
-Owns both directions for every call but those that `convert_tenants` has, so that the sync and the asyncio client differ
-only in how they wait. Knows nothing of channels. Pure functions; a value that protobuf cannot hold is an
-InvalidArgumentError naming the field, raised before anything is sent.
+Owns both directions for every call but those that `convert_tenants` and `convert_adapters` have, so that the sync and
+the asyncio client differ only in how they wait. Knows nothing of channels. Pure functions; a value that protobuf cannot
+hold is an InvalidArgumentError naming the field, raised before anything is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from motley.v1 import common_pb2, inference_pb2, server_pb2
 
+from motley_client.convert_fields import checked, duration
 from motley_client.errors import InternalError, InvalidArgumentError
 from motley_client.types import (
     AdapterChoice,
@@ -41,18 +40,6 @@ _FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
 }
-_Made = TypeVar("_Made", bound=Message)
-
-
-def checked(field: str, make: Callable[..., _Made], **values: Any) -> _Made:
-    """Make a message.
-
-    Raises: InvalidArgumentError, naming the field, for a value that protobuf cannot hold.
-    """
-    try:
-        return make(**values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidArgumentError(f"{field}: {error}", reason="INVALID_VALUE", field=field) from error
 
 
 def prompt_message(
@@ -142,14 +129,7 @@ def drain_request(grace_seconds: float | None) -> server_pb2.DrainRequest:
     """Make a request to drain; None leaves the grace to the server's configuration."""
     if grace_seconds is None:
         return server_pb2.DrainRequest()
-    duration = checked("timeout", _duration, seconds=grace_seconds)
-    return server_pb2.DrainRequest(timeout=duration)
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromTimedelta(timedelta(seconds=seconds))
-    return duration
+    return server_pb2.DrainRequest(timeout=checked("timeout", duration, seconds=grace_seconds))
 
 
 def generation(response: inference_pb2.GenerateResponse) -> Generation:
@@ -200,10 +180,9 @@ def served_by(message: common_pb2.ServedBy) -> ServedBy:
 def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
     """Read what a server is."""
     return ServerInfo(
-        **_scalars(response, "limits", "adapters", "adapter_kinds"),
+        **_scalars(response, "limits", "adapter_kinds"),
         adapter_kinds=tuple(response.adapter_kinds),
         limits=Limits(**_scalars(response.limits)),
-        adapters=tuple(map(_served_adapter, response.adapters)),
     )
 
 

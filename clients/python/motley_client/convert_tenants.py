@@ -1,20 +1,17 @@
 """Tenants, quotas and keys: Python values to protobuf requests, protobuf responses to Python values.
 
-Owns both directions of TenantService as `convert` does those of the other services, and the request id that makes a
-repeated change the same change. Knows nothing of channels. Pure functions but for that id.
+Owns both directions of TenantService as `convert` does those of the other services. Knows nothing of channels. Pure
+functions but for the request ids.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
-from datetime import UTC, datetime
-from typing import TypeVar
+from datetime import datetime
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from motley.v1 import tenant_pb2
 
-from motley_client.convert import checked
+from motley_client.convert_fields import checked, fill_page_size, fill_request_id, moment, timestamp
 from motley_client.errors import DataLossError
 from motley_client.types import Key, NewKey, Quota, Role, Tenant
 
@@ -27,8 +24,6 @@ _ROLES = {
 _ROLE_NUMBERS = {role: number for number, role in _ROLES.items()}
 _QUOTA_FIELDS = tuple(field.name for field in tenant_pb2.Quota.DESCRIPTOR.fields)
 
-_Listing = TypeVar("_Listing", tenant_pb2.ListTenantsRequest, tenant_pb2.ListKeysRequest)
-
 
 def create_tenant_request(
     tenant_id: str, display_name: str, quota: Quota | None, request_id: str | None
@@ -38,7 +33,7 @@ def create_tenant_request(
     request.MergeFrom(checked("display_name", tenant_pb2.CreateTenantRequest, display_name=display_name))
     if quota is not None:
         request.quota.CopyFrom(_quota_message(quota))
-    request.request_id = _request_id(request_id)
+    fill_request_id(request, request_id)
     return request
 
 
@@ -49,7 +44,9 @@ def get_tenant_request(tenant_id: str) -> tenant_pb2.GetTenantRequest:
 
 def list_tenants_request(page_size: int | None) -> tenant_pb2.ListTenantsRequest:
     """Make a request for the first page of tenants; None leaves its size to the server."""
-    return _with_page_size(tenant_pb2.ListTenantsRequest(), page_size)
+    request = tenant_pb2.ListTenantsRequest()
+    fill_page_size(request, page_size)
+    return request
 
 
 def update_tenant_request(
@@ -67,14 +64,14 @@ def update_tenant_request(
     request.MergeFrom(checked("etag", tenant_pb2.UpdateTenantRequest, etag=etag))
     if quota is not None:
         request.quota.CopyFrom(_quota_message(quota))
-    request.request_id = _request_id(request_id)
+    fill_request_id(request, request_id)
     return request
 
 
 def delete_tenant_request(tenant_id: str, request_id: str | None) -> tenant_pb2.DeleteTenantRequest:
     """Make a request to delete a tenant."""
     request = checked("id", tenant_pb2.DeleteTenantRequest, id=tenant_id)
-    request.request_id = _request_id(request_id)
+    fill_request_id(request, request_id)
     return request
 
 
@@ -88,21 +85,22 @@ def create_key_request(
     request = checked("tenant_id", tenant_pb2.CreateKeyRequest, tenant_id=tenant_id)
     request.MergeFrom(checked("role", _of_role, role=role))
     if expire_time is not None:
-        request.expire_time.CopyFrom(checked("expire_time", _timestamp, moment=expire_time))
-    request.request_id = _request_id(request_id)
+        request.expire_time.CopyFrom(checked("expire_time", timestamp, time=expire_time))
+    fill_request_id(request, request_id)
     return request
 
 
 def list_keys_request(tenant_id: str, page_size: int | None) -> tenant_pb2.ListKeysRequest:
     """Make a request for the first page of a tenant's keys; None leaves its size to the server."""
     request = checked("tenant_id", tenant_pb2.ListKeysRequest, tenant_id=tenant_id)
-    return _with_page_size(request, page_size)
+    fill_page_size(request, page_size)
+    return request
 
 
 def revoke_key_request(key_id: str, request_id: str | None) -> tenant_pb2.RevokeKeyRequest:
     """Make a request to revoke a key."""
     request = checked("key_id", tenant_pb2.RevokeKeyRequest, key_id=key_id)
-    request.request_id = _request_id(request_id)
+    fill_request_id(request, request_id)
     return request
 
 
@@ -112,7 +110,7 @@ def tenant(message: tenant_pb2.Tenant) -> Tenant:
         id=message.id,
         display_name=message.display_name,
         quota=_quota(message.quota),
-        create_time=_moment(message.create_time),
+        create_time=moment(message.create_time),
         etag=message.etag,
     )
 
@@ -123,9 +121,9 @@ def key(message: tenant_pb2.Key) -> Key:
         id=message.id,
         tenant_id=message.tenant_id,
         role=_ROLES.get(message.role),
-        create_time=_moment(message.create_time),
-        expire_time=_moment(message.expire_time) if message.HasField("expire_time") else None,
-        revoke_time=_moment(message.revoke_time) if message.HasField("revoke_time") else None,
+        create_time=moment(message.create_time),
+        expire_time=moment(message.expire_time) if message.HasField("expire_time") else None,
+        revoke_time=moment(message.revoke_time) if message.HasField("revoke_time") else None,
     )
 
 
@@ -142,18 +140,6 @@ def new_key(response: tenant_pb2.CreateKeyResponse) -> NewKey:
     return NewKey(key(response.key), response.secret)
 
 
-def _request_id(given: str | None) -> str:
-    if given is None:
-        return uuid.uuid4().hex
-    return checked("request_id", tenant_pb2.CreateTenantRequest, request_id=given).request_id
-
-
-def _with_page_size(request: _Listing, page_size: int | None) -> _Listing:
-    if page_size is not None:
-        request.page_size = checked("page_size", tenant_pb2.ListTenantsRequest, page_size=page_size).page_size
-    return request
-
-
 def _quota_message(quota: Quota) -> tenant_pb2.Quota:
     message = tenant_pb2.Quota()
     for name in _QUOTA_FIELDS:
@@ -167,15 +153,3 @@ def _quota(message: tenant_pb2.Quota) -> Quota:
 
 def _of_role(role: Role) -> tenant_pb2.CreateKeyRequest:
     return tenant_pb2.CreateKeyRequest(role=_ROLE_NUMBERS[Role(role)])
-
-
-def _timestamp(moment: datetime) -> Timestamp:
-    if moment.tzinfo is None:
-        raise ValueError("a time needs a zone, such as datetime.UTC")
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
-
-
-def _moment(timestamp: Timestamp) -> datetime:
-    return timestamp.ToDatetime(UTC)

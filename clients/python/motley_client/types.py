@@ -199,7 +199,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server is, and the adapters that this caller can name there."""
+    """What a server is; which adapters can be named there is for `list_adapters` to say."""
 
     version: str
     base_model: str
@@ -211,7 +211,6 @@ class ServerInfo:
     kernel: str
     adapter_kinds: tuple[str, ...]
     limits: Limits
-    adapters: tuple[ServedAdapter, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,21 +50,17 @@ class _AdapterState:
 class _AdapterStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_AdapterState.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
-    ADAPTER_STATE_UPLOADING: _AdapterState.ValueType  # 1
-    ADAPTER_STATE_VALIDATING: _AdapterState.ValueType  # 2
-    ADAPTER_STATE_READY: _AdapterState.ValueType  # 3
-    ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
-    ADAPTER_STATE_DELETING: _AdapterState.ValueType  # 5
+    ADAPTER_STATE_READY: _AdapterState.ValueType  # 1
+    ADAPTER_STATE_DELETING: _AdapterState.ValueType  # 2
+    """No new request can name it; those that hold it finish."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
-    """How far a version has come. Only a READY one can be named by a request."""
+    """Whether a request can name a version. What is still on its way, or was refused, is no version."""
 
 ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
-ADAPTER_STATE_UPLOADING: AdapterState.ValueType  # 1
-ADAPTER_STATE_VALIDATING: AdapterState.ValueType  # 2
-ADAPTER_STATE_READY: AdapterState.ValueType  # 3
-ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
-ADAPTER_STATE_DELETING: AdapterState.ValueType  # 5
+ADAPTER_STATE_READY: AdapterState.ValueType  # 1
+ADAPTER_STATE_DELETING: AdapterState.ValueType  # 2
+"""No new request can name it; those that hold it finish."""
 Global___AdapterState: typing_extensions.TypeAlias = AdapterState
 
 class _AdapterResidency:
@@ -148,9 +144,6 @@ class AdapterVersion(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
-    FAILURE_REASON_FIELD_NUMBER: builtins.int
-    FAILURE_FIELD_FIELD_NUMBER: builtins.int
-    FAILURE_MESSAGE_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     RANKS_FIELD_NUMBER: builtins.int
     DEVICE_BYTES_FIELD_NUMBER: builtins.int
@@ -168,11 +161,8 @@ class AdapterVersion(google.protobuf.message.Message):
     """`sha256:` and 64 hex digits over the canonical content."""
     kind: Global___AdapterKind.ValueType
     state: Global___AdapterState.ValueType
-    failure_reason: builtins.str
-    """Why the state is FAILED: a stable reason, the field it concerns, and a sentence."""
-    failure_field: builtins.str
-    failure_message: builtins.str
     size_bytes: builtins.int
+    """Of all its files together."""
     device_bytes: builtins.int
     trained_on: builtins.str
     """Base fingerprints, or `undeclared`."""
@@ -180,9 +170,10 @@ class AdapterVersion(google.protobuf.message.Message):
     residency: Global___AdapterResidency.ValueType
     pinned: builtins.bool
     created_by: builtins.str
+    """The id of the key that made it; empty for a caller without a key, and for those who do not own it."""
     @property
     def ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Rank by module path, and the bytes it takes on the device."""
+        """Rank by module path, and the bytes it takes in the server's memory."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
@@ -196,9 +187,6 @@ class AdapterVersion(google.protobuf.message.Message):
         digest: builtins.str = ...,
         kind: Global___AdapterKind.ValueType = ...,
         state: Global___AdapterState.ValueType = ...,
-        failure_reason: builtins.str = ...,
-        failure_field: builtins.str = ...,
-        failure_message: builtins.str = ...,
         size_bytes: builtins.int = ...,
         ranks: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         device_bytes: builtins.int = ...,
@@ -211,7 +199,7 @@ class AdapterVersion(google.protobuf.message.Message):
         created_by: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "created_by", b"created_by", "device_bytes", b"device_bytes", "digest", b"digest", "failure_field", b"failure_field", "failure_message", b"failure_message", "failure_reason", b"failure_reason", "kind", b"kind", "labels", b"labels", "name", b"name", "pinned", b"pinned", "ranks", b"ranks", "residency", b"residency", "serves_on", b"serves_on", "size_bytes", b"size_bytes", "state", b"state", "trained_on", b"trained_on", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "created_by", b"created_by", "device_bytes", b"device_bytes", "digest", b"digest", "kind", b"kind", "labels", b"labels", "name", b"name", "pinned", b"pinned", "ranks", b"ranks", "residency", b"residency", "serves_on", b"serves_on", "size_bytes", b"size_bytes", "state", b"state", "trained_on", b"trained_on", "version", b"version"]) -> None: ...
 
 Global___AdapterVersion: typing_extensions.TypeAlias = AdapterVersion
 
@@ -282,7 +270,7 @@ class UploadFile(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """A name without directories: `adapter_config.json`, `adapter_model.safetensors`, `motley_manifest.json`."""
+    """One of `adapter_config.json`, `adapter_model.safetensors`, `motley_manifest.json`, `goat_residual.safetensors`."""
     size_bytes: builtins.int
     sha256: builtins.str
     """64 hex digits."""
@@ -324,16 +312,20 @@ class UploadHeader(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
     upload_id: builtins.str
-    """Chosen by the client; names the upload when it is resumed."""
+    """Chosen by the client, 1 to 64 letters, digits, `_` and `-`; names the upload when it is resumed, and makes it happen once: a header that is
+    sent again within a day of the end is answered with the version that it made.
+    """
     adapter_name: builtins.str
+    """`NAME`, or `public/NAME` for an admin."""
     kind: Global___AdapterKind.ValueType
+    """Unset takes what the files say; another one than that is INVALID_ARGUMENT."""
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UploadFile]: ...
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Aliases to point at the new version once it is ready."""
+        """Aliases to point at the new version, in the moment in which it is there; none at all means `default`."""
 
     def __init__(
         self,
@@ -358,7 +350,9 @@ class UploadChunk(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     file: builtins.str
     offset: builtins.int
+    """Of the first byte. What was sent before may be sent again if it is the same."""
     data: builtins.bytes
+    """At most 1 MiB."""
     def __init__(
         self,
         *,
@@ -463,9 +457,13 @@ class GetUploadResponse(google.protobuf.message.Message):
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     upload_id: builtins.str
     @property
-    def committed_bytes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    def committed_bytes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """By file; where to go on."""
+
     @property
-    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it is forgotten unless it goes on before."""
+
     def __init__(
         self,
         *,
@@ -509,6 +507,7 @@ class GetAdapterRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
+    """As a request to generate names it: `NAME`, `NAME@alias`, `NAME@3`, `NAME@sha256:...`, `OWNER/NAME`."""
     def __init__(
         self,
         *,
@@ -527,7 +526,9 @@ class GetAdapterResponse(google.protobuf.message.Message):
     @property
     def adapter(self) -> Global___Adapter: ...
     @property
-    def version(self) -> Global___AdapterVersion: ...
+    def version(self) -> Global___AdapterVersion:
+        """What the name means now."""
+
     def __init__(
         self,
         *,
@@ -550,7 +551,7 @@ class ListAdaptersRequest(google.protobuf.message.Message):
     """At most 1000; 0 means 100."""
     page_token: builtins.str
     filter: builtins.str
-    """Terms of `key=value` joined by spaces, over owner, name, kind, state and labels."""
+    """Terms of `key=value` joined by spaces, over owner, name, kind and `labels.KEY`."""
     def __init__(
         self,
         *,
@@ -644,9 +645,10 @@ class DownloadAdapterRequest(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     OFFSETS_FIELD_NUMBER: builtins.int
     name: builtins.str
+    """As in GetAdapterRequest."""
     @property
     def offsets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Where to go on, by file."""
+        """Where to go on, by file; at a file's end, nothing of it is sent."""
 
     def __init__(
         self,
@@ -660,6 +662,8 @@ Global___DownloadAdapterRequest: typing_extensions.TypeAlias = DownloadAdapterRe
 
 @typing.final
 class DownloadAdapterResponse(google.protobuf.message.Message):
+    """First the version, then each file and its chunks."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: builtins.int
@@ -696,8 +700,9 @@ class SetAliasRequest(google.protobuf.message.Message):
     name: builtins.str
     alias: builtins.str
     version: builtins.int
+    """0 removes the alias."""
     etag: builtins.str
-    """Of the alias as the caller last saw it; unset overwrites whatever is there."""
+    """Of the alias as the caller last saw it, empty for one that was not there; unset overwrites whatever is there."""
     request_id: builtins.str
     def __init__(
         self,
@@ -830,11 +835,11 @@ class DeleteAdapterVersionRequest(google.protobuf.message.Message):
     name: builtins.str
     version: builtins.int
     force: builtins.bool
-    """Cancel the requests that hold it after the timeout, instead of giving up."""
+    """Cancel the requests that still hold it after the timeout (ABORTED), instead of leaving the version as it was."""
     request_id: builtins.str
     @property
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
-        """How long to wait for requests that hold the version."""
+        """How long to wait for requests that hold the version: at most a day, 30 seconds unless set. New requests cannot name it meanwhile."""
 
     def __init__(
         self,
@@ -856,6 +861,7 @@ class DeleteAdapterVersionResponse(google.protobuf.message.Message):
 
     FREED_BYTES_FIELD_NUMBER: builtins.int
     freed_bytes: builtins.int
+    """What its owner's quota has back."""
     def __init__(
         self,
         *,
@@ -871,6 +877,7 @@ class PinAdapterRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
+    """As in GetAdapterRequest. An alias is followed now, not when it moves."""
     def __init__(
         self,
         *,
@@ -903,6 +910,7 @@ class UnpinAdapterRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
+    """As in GetAdapterRequest."""
     def __init__(
         self,
         *,

@@ -113,16 +113,19 @@ class AdapterServiceServicer(object):
     """
 
     def UploadAdapter(self, request_iterator, context):
-        """Takes an adapter directory in chunks of at most 1 MiB: first a header, then chunks, then a finish. Resumes by offset.
+        """Takes an adapter directory in chunks of at most 1 MiB: first a header, then chunks, then a finish. Answers once the version is ready, which
+        is as soon as the header has come where this upload was finished before. After a cut connection or a restart of the server, GetUpload says
+        where to go on.
         INVALID_ARGUMENT (a file, tensor or field is refused by name), OUT_OF_RANGE (offset gap, with the committed size), DATA_LOSS (checksum),
-        FAILED_PRECONDITION (other base), RESOURCE_EXHAUSTED (quota).
+        ALREADY_EXISTS (the upload's id was used for something else), FAILED_PRECONDITION (other base, bytes missing), RESOURCE_EXHAUSTED (quota),
+        ABORTED (another stream of the same upload has taken over).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """How many bytes of each file are safe on disk. NOT_FOUND.
+        """How many bytes of each file are safe on disk. NOT_FOUND, also once the upload has become a version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,14 +160,16 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DownloadAdapter(self, request, context):
-        """Sends the stored files back, byte for byte. NOT_FOUND, OUT_OF_RANGE.
+        """Sends the stored files of an adapter of one's own back, byte for byte. NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the files
+        are another server's).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias at a version, atomically. NOT_FOUND, ABORTED (etag), FAILED_PRECONDITION (version not ready).
+        """Points an alias at a version, atomically. NOT_FOUND, INVALID_ARGUMENT, ABORTED (etag), FAILED_PRECONDITION (version being deleted),
+        RESOURCE_EXHAUSTED (too many aliases).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +197,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """Loads a version onto the device and keeps it there. NOT_FOUND, RESOURCE_EXHAUSTED (pins would not fit).
+        """Loads a version of one's own onto the device, and keeps it there until it is unpinned, over restarts too. NOT_FOUND, FAILED_PRECONDITION (its
+        files cannot be read), RESOURCE_EXHAUSTED (pins would not fit).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

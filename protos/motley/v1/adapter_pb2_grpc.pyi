@@ -353,13 +353,16 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceUploadAdapterType, _Adapt
     ], channel: grpc.aio.Channel) -> None: ...
 
     UploadAdapter: _AdapterServiceUploadAdapterType
-    """Takes an adapter directory in chunks of at most 1 MiB: first a header, then chunks, then a finish. Resumes by offset.
+    """Takes an adapter directory in chunks of at most 1 MiB: first a header, then chunks, then a finish. Answers once the version is ready, which
+    is as soon as the header has come where this upload was finished before. After a cut connection or a restart of the server, GetUpload says
+    where to go on.
     INVALID_ARGUMENT (a file, tensor or field is refused by name), OUT_OF_RANGE (offset gap, with the committed size), DATA_LOSS (checksum),
-    FAILED_PRECONDITION (other base), RESOURCE_EXHAUSTED (quota).
+    ALREADY_EXISTS (the upload's id was used for something else), FAILED_PRECONDITION (other base, bytes missing), RESOURCE_EXHAUSTED (quota),
+    ABORTED (another stream of the same upload has taken over).
     """
 
     GetUpload: _AdapterServiceGetUploadType
-    """How many bytes of each file are safe on disk. NOT_FOUND."""
+    """How many bytes of each file are safe on disk. NOT_FOUND, also once the upload has become a version."""
 
     AbortUpload: _AdapterServiceAbortUploadType
     """Forgets an unfinished upload. NOT_FOUND."""
@@ -374,10 +377,14 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceUploadAdapterType, _Adapt
     """Pages through the versions of one adapter, newest first. NOT_FOUND, INVALID_ARGUMENT."""
 
     DownloadAdapter: _AdapterServiceDownloadAdapterType
-    """Sends the stored files back, byte for byte. NOT_FOUND, OUT_OF_RANGE."""
+    """Sends the stored files of an adapter of one's own back, byte for byte. NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the files
+    are another server's).
+    """
 
     SetAlias: _AdapterServiceSetAliasType
-    """Points an alias at a version, atomically. NOT_FOUND, ABORTED (etag), FAILED_PRECONDITION (version not ready)."""
+    """Points an alias at a version, atomically. NOT_FOUND, INVALID_ARGUMENT, ABORTED (etag), FAILED_PRECONDITION (version being deleted),
+    RESOURCE_EXHAUSTED (too many aliases).
+    """
 
     RollbackAlias: _AdapterServiceRollbackAliasType
     """Points an alias at its previous target. NOT_FOUND, ABORTED (etag), FAILED_PRECONDITION (no previous target)."""
@@ -389,7 +396,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceUploadAdapterType, _Adapt
     """Deletes a version once no request holds it. NOT_FOUND, FAILED_PRECONDITION (an alias points at it), DEADLINE_EXCEEDED (still held)."""
 
     PinAdapter: _AdapterServicePinAdapterType
-    """Loads a version onto the device and keeps it there. NOT_FOUND, RESOURCE_EXHAUSTED (pins would not fit)."""
+    """Loads a version of one's own onto the device, and keeps it there until it is unpinned, over restarts too. NOT_FOUND, FAILED_PRECONDITION (its
+    files cannot be read), RESOURCE_EXHAUSTED (pins would not fit).
+    """
 
     UnpinAdapter: _AdapterServiceUnpinAdapterType
     """Lets a pinned version be evicted again. NOT_FOUND."""
@@ -462,9 +471,12 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[motley.v1.adapter_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.adapter_pb2.UploadAdapterResponse, collections.abc.Awaitable[motley.v1.adapter_pb2.UploadAdapterResponse]]:
-        """Takes an adapter directory in chunks of at most 1 MiB: first a header, then chunks, then a finish. Resumes by offset.
+        """Takes an adapter directory in chunks of at most 1 MiB: first a header, then chunks, then a finish. Answers once the version is ready, which
+        is as soon as the header has come where this upload was finished before. After a cut connection or a restart of the server, GetUpload says
+        where to go on.
         INVALID_ARGUMENT (a file, tensor or field is refused by name), OUT_OF_RANGE (offset gap, with the committed size), DATA_LOSS (checksum),
-        FAILED_PRECONDITION (other base), RESOURCE_EXHAUSTED (quota).
+        ALREADY_EXISTS (the upload's id was used for something else), FAILED_PRECONDITION (other base, bytes missing), RESOURCE_EXHAUSTED (quota),
+        ABORTED (another stream of the same upload has taken over).
         """
 
     @abc.abstractmethod
@@ -473,7 +485,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.adapter_pb2.GetUploadRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.adapter_pb2.GetUploadResponse, collections.abc.Awaitable[motley.v1.adapter_pb2.GetUploadResponse]]:
-        """How many bytes of each file are safe on disk. NOT_FOUND."""
+        """How many bytes of each file are safe on disk. NOT_FOUND, also once the upload has become a version."""
 
     @abc.abstractmethod
     def AbortUpload(
@@ -513,7 +525,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.adapter_pb2.DownloadAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[motley.v1.adapter_pb2.DownloadAdapterResponse], collections.abc.AsyncIterator[motley.v1.adapter_pb2.DownloadAdapterResponse]]:
-        """Sends the stored files back, byte for byte. NOT_FOUND, OUT_OF_RANGE."""
+        """Sends the stored files of an adapter of one's own back, byte for byte. NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the files
+        are another server's).
+        """
 
     @abc.abstractmethod
     def SetAlias(
@@ -521,7 +535,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.adapter_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.adapter_pb2.SetAliasResponse, collections.abc.Awaitable[motley.v1.adapter_pb2.SetAliasResponse]]:
-        """Points an alias at a version, atomically. NOT_FOUND, ABORTED (etag), FAILED_PRECONDITION (version not ready)."""
+        """Points an alias at a version, atomically. NOT_FOUND, INVALID_ARGUMENT, ABORTED (etag), FAILED_PRECONDITION (version being deleted),
+        RESOURCE_EXHAUSTED (too many aliases).
+        """
 
     @abc.abstractmethod
     def RollbackAlias(
@@ -553,7 +569,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.adapter_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.adapter_pb2.PinAdapterResponse, collections.abc.Awaitable[motley.v1.adapter_pb2.PinAdapterResponse]]:
-        """Loads a version onto the device and keeps it there. NOT_FOUND, RESOURCE_EXHAUSTED (pins would not fit)."""
+        """Loads a version of one's own onto the device, and keeps it there until it is unpinned, over restarts too. NOT_FOUND, FAILED_PRECONDITION (its
+        files cannot be read), RESOURCE_EXHAUSTED (pins would not fit).
+        """
 
     @abc.abstractmethod
     def UnpinAdapter(

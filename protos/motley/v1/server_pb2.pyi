@@ -9,7 +9,6 @@ import google.protobuf.descriptor
 import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
-import motley.v1.common_pb2
 import sys
 import typing
 
@@ -83,7 +82,6 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     KERNEL_FIELD_NUMBER: builtins.int
     ADAPTER_KINDS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
-    ADAPTERS_FIELD_NUMBER: builtins.int
     version: builtins.str
     base_model: builtins.str
     base_fingerprint: builtins.str
@@ -104,10 +102,6 @@ class GetServerInfoResponse(google.protobuf.message.Message):
 
     @property
     def limits(self) -> Global___Limits: ...
-    @property
-    def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[motley.v1.common_pb2.ServedAdapter]:
-        """The adapters that the caller can name, as resolved now."""
-
     def __init__(
         self,
         *,
@@ -121,10 +115,9 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         kernel: builtins.str = ...,
         adapter_kinds: collections.abc.Iterable[builtins.str] | None = ...,
         limits: Global___Limits | None = ...,
-        adapters: collections.abc.Iterable[motley.v1.common_pb2.ServedAdapter] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter_kinds", b"adapter_kinds", "adapters", b"adapters", "architecture", b"architecture", "base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "kernel", b"kernel", "limits", b"limits", "quantization", b"quantization", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_kinds", b"adapter_kinds", "architecture", b"architecture", "base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "kernel", b"kernel", "limits", b"limits", "quantization", b"quantization", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 

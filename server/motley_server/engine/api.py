@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from motley_server.engine.types import GenerateRequest, RequestEvent
+from motley_server.errors import MotleyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,10 @@ class EventStream(Protocol):
 
 
 class EngineFront(Protocol):
-    """Submit requests, read their events, ask how the engine is.
+    """Submit requests, read their events, say which adapters stay on the device, ask how the engine is.
 
-    Every method is called on the event loop's thread, but for `stats`, which a scrape of the metrics calls on its own.
+    Every method is called on the event loop's thread, but for `stats`, which a scrape of the metrics calls on its own,
+    and `is_on_device`.
     """
 
     def submit(self, request: GenerateRequest, on_end: Callable[[int], None]) -> EventStream:
@@ -71,6 +73,42 @@ class EngineFront(Protocol):
         Raises: ResourceExhaustedError (reason=QUEUE_FULL, at once), UnavailableError (reason=DRAINING or
         ENGINE_STOPPED, at once). An event with `error` is raised as that error.
         """
+
+    def cancel(self, request_id: str, error: MotleyError) -> None:
+        """End a request with an error, which its reader meets after the events that were there before.
+
+        Semantics: does not wait; blocks and pins are free after the engine's next step, and `on_end` is called then. A
+        request that is unknown, or has ended, is left as it is.
+        """
+
+    async def keep(self, digest: str) -> None:
+        """Bring an adapter that the cache knows onto the device, to stay there until `unkeep`; return once it is there.
+
+        Semantics: all its parts are resident then. It waits for room like anybody else, and goes before all who wait
+        for adapters if it found none for long; what runs is never sent away for it. Twice is once. A caller that leaves
+        (the task is cancelled) leaves it to arrive and stay. What is kept lessens what one request's adapters may take.
+        Raises: ResourceExhaustedError (reason=PINS_FULL if all that is kept would take more than half of the device's
+        room for adapters, or leaves no hole that is large enough; ADAPTER_TOO_LARGE if it does not even fit alone);
+        FailedPreconditionError (reason=ADAPTER_UNREADABLE or ADAPTER_CHANGED if its files do not hold it any more);
+        AbortedError (reason=ADAPTER_UNPINNED if `unkeep` came first); InternalError for a digest that the cache does
+        not know; UnavailableError (reason=DRAINING or ENGINE_STOPPED). None of these leaves it kept by this call.
+        """
+
+    def unkeep(self, digest: str) -> None:
+        """Let an adapter leave the device when its room is needed; nothing if it was not kept.
+
+        Semantics: does not wait. Every `keep` of it that has not returned raises AbortedError.
+        """
+
+    def forget(self, digest: str) -> None:
+        """Let go of what the engine remembers of an adapter that nobody will ask for; nothing while it is kept.
+
+        Semantics: does not wait, and takes nothing from the device: what lies there goes by itself, and then the last
+        that was known of it. Forgetting one that is asked for again costs another look at its shapes, nothing else.
+        """
+
+    def is_on_device(self, digest: str) -> bool:
+        """Tell whether an adapter's own units are on the device just now; any thread may ask, nobody waits."""
 
     @property
     def is_draining(self) -> bool:

@@ -17,6 +17,7 @@ from motley_bases.base import Base
 from motley_kernels.adapter_delta.pool import UnitPool
 from torch import Tensor
 
+from motley_server.engine.adapter_keeper import AdapterKeeper
 from motley_server.engine.block_pool import BlockPool
 from motley_server.engine.detokenizer import IncrementalDetokenizer
 from motley_server.engine.input_batch import wanted_positions
@@ -51,6 +52,7 @@ class EngineCore:
         """
         self.runner = ModelRunner(base, settings)
         self.residency = _make_residency(base, adapters, settings, observer, wake)
+        self.keeper = AdapterKeeper(self.residency)
         self.pool = BlockPool(self.runner.num_blocks, settings.block_size)
         self.is_waiting_for_adapters = False  # the last step had nothing to do but to wait
         self._adapters = RequestAdapters(self.residency, adapters)

@@ -1,20 +1,18 @@
-"""The engine on a thread of its own, and the asyncio front through which the server talks to it.
+"""The asyncio front of the engine, through which the server talks to it.
 
-The thread owns the device, the scheduler and every request in hand. Requests go in through a mailbox of picklable
-messages; what a step made comes back in one call on the event loop, which only ever awaits. Nothing else is shared but
-a heartbeat and the last step's figures.
+What is asked goes to the engine's thread through its mailbox; what a step made comes back in one call on the event
+loop, which only ever awaits. Nothing else is shared but a heartbeat, the last step's figures and which adapters are on
+the device. Lives on the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from motley_adapters.cache import AdapterCache
 from motley_bases.base import Base
@@ -23,129 +21,19 @@ from motley_server.engine.api import DrainReport, EngineStats
 from motley_server.engine.core import EngineCore
 from motley_server.engine.event_stream import RequestEventStream
 from motley_server.engine.observer import EngineObserver
+from motley_server.engine.places import Places
 from motley_server.engine.settings import EngineSettings
-from motley_server.engine.types import GenerateRequest, RequestEvent
-from motley_server.errors import CancelledRequestError, MotleyError, ResourceExhaustedError, UnavailableError
+from motley_server.engine.thread import Cancel, EngineThread, Forget, Keep, MakeCore, Stop, Submit, Unkeep, stopped
+from motley_server.engine.types import GenerateRequest, KeepOutcome, RequestEvent
+from motley_server.errors import CancelledRequestError, MotleyError, UnavailableError
 
 log = logging.getLogger(__name__)
-IDLE_POLL_SECONDS = 0.25
 CANCEL_SECONDS = 5.0  # a step and the cancellations after it
 STOP_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Take a request in hand; it arrived at this time.monotonic."""
-
-    request: GenerateRequest
-    arrival: float
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Drop a request, and tell it why."""
-
-    request_id: str
-    error: MotleyError
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Step again: an adapter has arrived."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Fail what is left and end the thread."""
-
-
-MakeCore = Callable[[Callable[[], None]], EngineCore]
-"""Makes the engine, given what to call, on any thread, when a step that waits has something to do."""
-
-Message = Submit | Cancel | Wake | Stop
-
-
-class EngineThread(threading.Thread):
-    """Step the engine while there is work, wait at the mailbox while there is none, or none that can go on."""
-
-    def __init__(
-        self,
-        make_core: MakeCore,
-        deliver: Callable[[list[RequestEvent]], None],
-        on_stopped: Callable[[], None],
-    ) -> None:
-        super().__init__(name="engine", daemon=True)
-        self.mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.heartbeat = time.monotonic()
-        self.is_ready = threading.Event()  # also set when starting failed
-        self.failure: BaseException | None = None
-        self.core: EngineCore | None = None
-        self._make_core = make_core
-        self._deliver = deliver
-        self._on_stopped = on_stopped
-
-    def run(self) -> None:
-        """Build the engine, warm it up, then serve until told to stop."""
-        try:
-            self.core = self._make_core(self._wake)
-            self.core.runner.warm_up()
-        except BaseException as failure:
-            self.failure = failure
-            return
-        finally:
-            self.is_ready.set()
-        try:
-            self._serve(self.core)
-            self._deliver(self.core.fail_all(_stopped()))
-        except Exception:
-            log.exception("the engine thread died")
-        finally:
-            self.core.close()
-            self._on_stopped()
-
-    def _wake(self) -> None:
-        self.mailbox.put(Wake())
-
-    def _serve(self, core: EngineCore) -> None:
-        while True:
-            self.heartbeat = time.monotonic()
-            messages = self._read_mailbox(wait=not core.has_work or core.is_waiting_for_adapters)
-            events = [event for message in messages if (event := _apply(core, message)) is not None]
-            if any(isinstance(message, Stop) for message in messages):
-                self._deliver(events)
-                return
-            events += core.expire()
-            events += core.step()
-            if events:
-                self._deliver(events)
-
-    def _read_mailbox(self, *, wait: bool) -> list[Message]:
-        messages: list[Message] = []
-        try:
-            if wait:
-                messages.append(self.mailbox.get(timeout=IDLE_POLL_SECONDS))
-            while True:
-                messages.append(self.mailbox.get_nowait())
-        except queue.Empty:
-            return messages
-
-
-def _stopped() -> UnavailableError:
-    return UnavailableError("the engine has stopped", reason="ENGINE_STOPPED", retry_after_seconds=5.0)
-
-
 def _draining() -> UnavailableError:
     return UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
-
-
-def _apply(core: EngineCore, message: Message) -> RequestEvent | None:
-    match message:
-        case Submit(request, arrival):
-            return core.add(request, arrival)
-        case Cancel(request_id, error):
-            return core.cancel(request_id, error)
-        case Wake() | Stop():
-            return None
 
 
 class Engine:
@@ -155,10 +43,14 @@ class Engine:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, RequestEventStream] = {}
+        self._tenant_of: dict[str, str] = {}  # of those who have a stream
+        self._places = Places(settings.max_running + settings.max_waiting)
         self._is_draining = False
         self._is_empty = asyncio.Event()
         self._ended = asyncio.Event()
-        self._thread = EngineThread(make_core, self._deliver_soon, self._note_stopped_soon)
+        self._tickets = itertools.count()
+        self._keepers: dict[int, asyncio.Future[MotleyError | None]] = {}  # by ticket
+        self._thread = EngineThread(make_core, self._deliver_soon, self._deliver_kept_soon, self._note_stopped_soon)
 
     def start(self) -> None:
         """Start the thread and wait until the engine is warm."""
@@ -181,10 +73,42 @@ class Engine:
     def submit(self, request: GenerateRequest, on_end: Callable[[int], None]) -> RequestEventStream:
         """Put a request in the mailbox and return its events."""
         self._check_open()
-        stream = RequestEventStream(request.request_id, on_end, self._settings.reader_queue_events, cancel=self._cancel)
+        self._places.take(request.tenant_id)
+        bound = self._settings.reader_queue_events
+        stream = RequestEventStream(request.request_id, on_end, bound, cancel=self._cancel_for_reader)
         self._streams[request.request_id] = stream
+        self._tenant_of[request.request_id] = request.tenant_id
         self._thread.mailbox.put(Submit(request, time.monotonic()))
         return stream
+
+    def cancel(self, request_id: str, error: MotleyError) -> None:
+        """End a request with an error; nothing if it has ended."""
+        self._thread.mailbox.put(Cancel(request_id, error))
+
+    async def keep(self, digest: str) -> None:
+        """Bring an adapter onto the device to stay, and return once it is there."""
+        self._check_open()
+        ticket = next(self._tickets)
+        outcome = self._keepers[ticket] = self._loop.create_future()
+        self._thread.mailbox.put(Keep(ticket, digest))
+        try:
+            error = await outcome
+        finally:
+            self._keepers.pop(ticket, None)
+        if error is not None:
+            raise error
+
+    def unkeep(self, digest: str) -> None:
+        """Let an adapter leave the device again when its room is needed."""
+        self._thread.mailbox.put(Unkeep(digest))
+
+    def forget(self, digest: str) -> None:
+        """Let go of what is remembered of an adapter that nobody asks for any more."""
+        self._thread.mailbox.put(Forget(digest))
+
+    def is_on_device(self, digest: str) -> bool:
+        """Tell whether an adapter's own units are on the device just now."""
+        return self.core.residency.is_resident(digest)
 
     def stats(self) -> EngineStats:
         """Return the state as of the last step."""
@@ -223,7 +147,7 @@ class Engine:
         await self._wait_empty(timeout_seconds)
         left = list(self._streams)
         for request_id in left:
-            self._thread.mailbox.put(Cancel(request_id, _draining()))
+            self.cancel(request_id, _draining())
         await self._wait_empty(CANCEL_SECONDS)
         # An engine that does not even cancel is stuck; its callers shall not be.
         self._deliver([RequestEvent(request_id, error=_draining()) for request_id in self._streams])
@@ -252,21 +176,20 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._ended.is_set():
-            raise _stopped()
+            raise stopped()
         if self._is_draining:
             raise _draining()
-        bound = self._settings.max_running + self._settings.max_waiting
-        if len(self._streams) >= bound:
-            message = f"{bound} requests are running or waiting already"
-            raise ResourceExhaustedError(message, reason="QUEUE_FULL", retry_after_seconds=1.0)
 
-    def _cancel(self, request_id: str) -> None:
-        error = CancelledRequestError("the caller cancelled the request", reason="CANCELLED")
-        self._thread.mailbox.put(Cancel(request_id, error))
+    def _cancel_for_reader(self, request_id: str) -> None:
+        self.cancel(request_id, CancelledRequestError("the caller cancelled the request", reason="CANCELLED"))
 
     def _deliver_soon(self, events: list[RequestEvent]) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver_kept_soon(self, outcomes: list[KeepOutcome]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver_kept, outcomes)
 
     def _note_stopped_soon(self) -> None:
         if not self._loop.is_closed():
@@ -274,7 +197,8 @@ class Engine:
 
     def _note_stopped(self) -> None:
         self._ended.set()
-        self._deliver([RequestEvent(request_id, error=_stopped()) for request_id in self._streams])
+        self._deliver([RequestEvent(request_id, error=stopped()) for request_id in self._streams])
+        self._deliver_kept([KeepOutcome(ticket, stopped()) for ticket in self._keepers])
 
     def _deliver(self, events: list[RequestEvent]) -> None:
         for event in events:
@@ -283,9 +207,16 @@ class Engine:
                 continue
             if event.is_last:
                 del self._streams[event.request_id]
+                self._places.give_back(self._tenant_of.pop(event.request_id))
             stream.push(event)
         if not self._streams:
             self._is_empty.set()
+
+    def _deliver_kept(self, outcomes: list[KeepOutcome]) -> None:
+        for outcome in outcomes:
+            keeper = self._keepers.get(outcome.ticket)
+            if keeper is not None and not keeper.done():  # else its caller has left
+                keeper.set_result(outcome.error)
 
 
 def start_engine(base: Base, adapters: AdapterCache, settings: EngineSettings, observer: EngineObserver) -> Engine:

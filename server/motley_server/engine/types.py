@@ -1,4 +1,4 @@
-"""What crosses the engine's mailbox: requests going in, events coming out.
+"""What crosses the engine's mailbox: requests going in, events and outcomes coming out.
 
 Plain frozen dataclasses of Python values, all picklable: the seam at which the engine could move to a process of its
 own. Nothing here knows gRPC, torch, names of adapters that were not resolved, or which thread it is on.
@@ -129,3 +129,11 @@ class RequestEvent:
     def is_last(self) -> bool:
         """Tell whether nothing follows."""
         return self.usage is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepOutcome:
+    """How the keeping of an adapter on the device began: all of it is there, or `error` says why it is not kept."""
+
+    ticket: int
+    error: MotleyError | None = None

@@ -6,7 +6,7 @@ It knows no rules. Every function runs on the database's threads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, select, tuple_
@@ -38,8 +38,15 @@ def version_of(columns: RowMapping | Mapping[str, Any]) -> AdapterVersion:
         version=columns["version"],
         files=tuple(BundleFile(**file) for file in columns["files"]),
         created_at=columns["created_at"],
+        is_pinned=columns["is_pinned"],
         **{name: columns[name] for name in (*_PLAIN_FIELDS, *_JSON_FIELDS)},
     )
+
+
+def version_seen_by(tenant_id: str, columns: RowMapping | Mapping[str, Any]) -> AdapterVersion:
+    """Return the version of a row as a tenant may see it: who made it is its owner's business."""
+    version = version_of(columns)
+    return version if version.owner == tenant_id else replace(version, created_by="")
 
 
 def alias_of(columns: RowMapping | Mapping[str, Any]) -> Alias:
@@ -66,7 +73,7 @@ def records_of(connection: Connection, rows: Sequence[RowMapping], tenant_id: st
             visibility=Visibility(row["visibility"]),
             shared_with=tuple(shared[key]),
             aliases=tuple(named[key]),
-            latest=version_of(row),
+            latest=version_seen_by(tenant_id, row),
             created_at=row["adapter_created_at"],
         )
         for key, row in zip(keys, rows, strict=True)

@@ -8,28 +8,33 @@ digests and facts, not files or tensors. Methods block: they run on the database
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import datetime
-from typing import Any
+from dataclasses import asdict, replace
 
-from sqlalchemy import Connection, Select, and_, func, select, update
+from sqlalchemy import Connection, RowMapping, select
 
-from motley_server.errors import FailedPreconditionError, InvalidArgumentError
+from motley_server.errors import FailedPreconditionError
 from motley_server.registry import adapter_rows
 from motley_server.registry.aliases import aliases_at, check_alias, point_alias, roll_back_alias
-from motley_server.registry.catalog import PUBLIC_OWNER
 from motley_server.registry.database import Database
 from motley_server.registry.holdings import check_room, has_version
 from motley_server.registry.idempotency import Request
 from motley_server.registry.labels import check_labels
 from motley_server.registry.listings import page_of_adapters, page_of_versions, require_visible
-from motley_server.registry.names import NAME_RULE, AdapterReference, is_name
-from motley_server.registry.ownership import find_version, require_own, version_not_found
+from motley_server.registry.names import AdapterReference, is_name
+from motley_server.registry.ownership import (
+    check_adapter_name,
+    find_version,
+    not_ones_own,
+    require_own,
+    version_not_found,
+)
 from motley_server.registry.records import AdapterRecord, AdapterVersion, Alias, NewVersion, Page, Quota, Visibility
-from motley_server.registry.schema import adapter_versions, adapters, aliases
+from motley_server.registry.schema import adapter_versions
 from motley_server.registry.sharing import check_sharing, share_adapter
-from motley_server.registry.tenants import has_tenant, tenant_not_found
-from motley_server.registry.visibility import IS_THERE, is_of, versions_seen_by
+from motley_server.registry.tenants import require_owner
+from motley_server.registry.uploads import forget_upload
+from motley_server.registry.versions import add_version, change_version, find_meaning, is_same, newest_version
+from motley_server.registry.visibility import IS_THERE
 
 
 class Adapters:
@@ -42,16 +47,6 @@ class Adapters:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def check_room(self, owner: str, name: str, size_bytes: int, quota: Quota) -> None:
-        """Refuse what could not be published as things stand, before anybody has sent it.
-
-        Raises: as `publish`, for the name, the owner and the quota.
-        """
-        _check_name(name)
-        with self._database.reading() as connection:
-            _require_owner(connection, owner)
-            check_room(connection, owner, name, size_bytes, quota)
-
     def publish(
         self,
         owner: str,
@@ -60,51 +55,80 @@ class Adapters:
         aliases: Sequence[str] = (),
         *,
         quota: Quota,
+        upload_id: str = "",
         request_id: str = "",
         scope: str = "",
     ) -> AdapterVersion:
         """Give content the next number and point aliases at it; what is the newest version already stays that one.
 
+        Semantics: the upload that brought it is off the record in the same moment. Of the quota, other uploads have
+        nothing.
         Raises: InvalidArgumentError (reason=INVALID_ADAPTER_NAME, INVALID_ALIAS or INVALID_LABEL); NotFoundError
         (reason=TENANT_NOT_FOUND); ResourceExhaustedError (reason=QUOTA_ADAPTERS, QUOTA_ADAPTER_BYTES or
         TOO_MANY_ALIASES).
         """
-        _check_name(name)
+        check_adapter_name(name)
         check_labels(content.labels)
         for number, alias in enumerate(aliases):
             check_alias(alias, f"aliases[{number}]")
-        columns = adapter_rows.columns_of(content)
-        # Not by whose key: a caller may have got another one before it tries again.
-        repeated = columns | {"created_by": ""}
-        request = Request.of(
-            "adapters.publish", scope, request_id, owner=owner, name=name, aliases=[*aliases], content=repeated
-        )
+        request = _publication(owner, name, content.bundle, content.labels, aliases, request_id, scope)
         with self._database.writing() as connection:
             now = self._database.now()
+            forget_upload(connection, owner, upload_id)
             if (answer := request.earlier_answer(connection, now)) is not None:
                 return adapter_rows.version_answered(answer)
-            _require_owner(connection, owner)
-            version = _newest_if_same(connection, owner, name, content)
-            if version is None:
+            require_owner(connection, owner)
+            version = newest_version(connection, owner, name)
+            if version is None or not is_same(version, content):
                 check_room(connection, owner, name, content.size_bytes, quota)
-                version = _add_version(connection, owner, name, columns, now)
+                version = add_version(connection, owner, name, adapter_rows.columns_of(content), now)
             for alias in aliases:
                 point_alias(connection, owner, name, alias, version.version)
             request.keep_answer(connection, now, adapter_rows.version_answer(version))
             return version
 
-    def resolve(self, tenant_id: str, reference: AdapterReference) -> AdapterVersion | None:
-        """Return what a name means to a tenant just now; None if that is nothing, for whatever reason.
+    def earlier_publication(
+        self,
+        owner: str,
+        name: str,
+        bundle: str,
+        labels: Mapping[str, str],
+        aliases: Sequence[str],
+        *,
+        request_id: str,
+        scope: str,
+    ) -> AdapterVersion | None:
+        """Return what `publish` answered when it was asked the same under this request id; None if it was not.
 
-        Semantics: a digest means the newest of the versions that have it.
+        Raises: AlreadyExistsError (reason=REQUEST_ID_REUSED) where it was asked something else.
         """
-        owner = reference.owner or tenant_id
-        if not (is_name(owner) and is_name(reference.name)):
-            return None
-        query = versions_seen_by(tenant_id).where(is_of(adapter_versions, owner, reference.name))
+        request = _publication(owner, name, bundle, labels, aliases, request_id, scope)
         with self._database.reading() as connection:
-            row = connection.execute(_narrow(query, owner, reference)).mappings().one_or_none()
-            return None if row is None else adapter_rows.version_of(row)
+            answer = request.earlier_answer(connection, self._database.now())
+        return None if answer is None else adapter_rows.version_answered(answer)
+
+    def newest(self, owner: str, name: str) -> AdapterVersion | None:
+        """Return the newest version of an adapter, whoever may see it; None if it has none."""
+        if not (is_name(owner) and is_name(name)):
+            return None
+        with self._database.reading() as connection:
+            return newest_version(connection, owner, name)
+
+    def resolve(self, tenant_id: str, reference: AdapterReference) -> AdapterVersion | None:
+        """Return what a name means to a tenant just now; see `find_meaning`."""
+        with self._database.reading() as connection:
+            return find_meaning(connection, tenant_id, reference)
+
+    def own(self, tenant_id: str, reference: AdapterReference) -> AdapterVersion:
+        """Return what a name means to a tenant just now, if it is the tenant's own.
+
+        Raises: NotFoundError (reason=ADAPTER_NOT_FOUND).
+        """
+        with self._database.reading() as connection:
+            found = find_meaning(connection, tenant_id, reference, only_own=True)
+        if found is None:
+            raise not_ones_own(reference.owner or tenant_id, reference.name)
+        return found
 
     def get(self, tenant_id: str, owner: str, name: str) -> AdapterRecord:
         """Return an adapter that a tenant may use.
@@ -131,7 +155,8 @@ class Adapters:
         """
         with self._database.reading() as connection:
             require_visible(connection, tenant_id, owner, name)
-            return page_of_versions(connection, self._database.page_secret, owner, name, page_size, page_token)
+            secret = self._database.page_secret
+            return page_of_versions(connection, secret, tenant_id, owner, name, page_size, page_token)
 
     def set_alias(
         self,
@@ -217,6 +242,14 @@ class Adapters:
             request.keep_answer(connection, now, adapter_rows.record_answer(record))
             return record
 
+    def check_deletable(self, tenant_id: str, owner: str, name: str, version: int) -> AdapterVersion:
+        """Return a version that could be deleted as things stand.
+
+        Raises: as `delete_version`, without a request id.
+        """
+        with self._database.reading() as connection:
+            return adapter_rows.version_of(_require_deletable(connection, tenant_id, owner, name, version))
+
     def delete_version(
         self, tenant_id: str, owner: str, name: str, version: int, *, request_id: str = "", scope: str = ""
     ) -> AdapterVersion:
@@ -231,20 +264,31 @@ class Adapters:
             now = self._database.now()
             if (answer := request.earlier_answer(connection, now)) is not None:
                 return adapter_rows.version_answered(answer)
-            require_own(connection, tenant_id, owner, name)
-            row = find_version(connection, owner, name, version)
-            if row is None:
-                raise version_not_found(name, version)
-            if pointing := aliases_at(connection, owner, name, version):
-                message = f"version {version} of adapter {name!r} is what {', '.join(pointing)} points at"
-                raise FailedPreconditionError(message, reason="VERSION_HAS_ALIAS", field="version")
-            is_it = and_(is_of(adapter_versions, owner, name), adapter_versions.c.version == version)
-            connection.execute(update(adapter_versions).where(is_it).values(deleted_at=now))
+            row = _require_deletable(connection, tenant_id, owner, name, version)
+            change_version(connection, row, deleted_at=now)
             if not has_version(connection, owner, name):
                 share_adapter(connection, owner, name, Visibility.PRIVATE)
             deleted = adapter_rows.version_of(row)
             request.keep_answer(connection, now, adapter_rows.version_answer(deleted))
             return deleted
+
+    def set_pinned(self, tenant_id: str, owner: str, name: str, version: int, is_pinned: bool) -> AdapterVersion:
+        """Note whether a version of a tenant's own adapter is to stay on the device.
+
+        Raises: NotFoundError (reason=ADAPTER_NOT_FOUND or VERSION_NOT_FOUND).
+        """
+        with self._database.writing() as connection:
+            row = _require_own_version(connection, tenant_id, owner, name, version)
+            change_version(connection, row, is_pinned=is_pinned)
+            return replace(adapter_rows.version_of(row), is_pinned=is_pinned)
+
+    def pinned(self) -> tuple[AdapterVersion, ...]:
+        """Return the versions that are to stay on the device, in the order in which they were made."""
+        query = select(adapter_versions).where(adapter_versions.c.is_pinned, IS_THERE)
+        columns = adapter_versions.c
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(columns.created_at, columns.owner, columns.name, columns.version))
+            return tuple(adapter_rows.version_of(row) for row in rows.mappings())
 
     def live_bundles(self) -> set[str]:
         """Return the bundles that some version needs."""
@@ -252,45 +296,31 @@ class Adapters:
             return set(connection.execute(select(adapter_versions.c.bundle).where(IS_THERE).distinct()).scalars())
 
 
-def _check_name(name: str) -> None:
-    if not is_name(name):
-        message = f"{name[:140]!r} is no adapter's name: {NAME_RULE}"
-        raise InvalidArgumentError(message, reason="INVALID_ADAPTER_NAME", field="adapter_name")
+def _publication(
+    owner: str,
+    name: str,
+    bundle: str,
+    labels: Mapping[str, str],
+    aliases: Sequence[str],
+    request_id: str,
+    scope: str,
+) -> Request:
+    # Not what validation found, which is known only at the end, nor whose key: a caller may have another one by then.
+    asked = {"owner": owner, "name": name, "bundle": bundle, "labels": dict(labels), "aliases": [*aliases]}
+    return Request.of("adapters.publish", scope, request_id, **asked)
 
 
-def _require_owner(connection: Connection, owner: str) -> None:
-    # It may have gone while its files were on their way, and its id may be another's one day.
-    if owner != PUBLIC_OWNER and not has_tenant(connection, owner):
-        raise tenant_not_found(owner, "owner")
+def _require_own_version(connection: Connection, tenant_id: str, owner: str, name: str, version: int) -> RowMapping:
+    require_own(connection, tenant_id, owner, name)
+    row = find_version(connection, owner, name, version)
+    if row is None:
+        raise version_not_found(name, version)
+    return row
 
 
-def _newest_if_same(connection: Connection, owner: str, name: str, content: NewVersion) -> AdapterVersion | None:
-    query = select(adapter_versions).where(is_of(adapter_versions, owner, name), IS_THERE)
-    query = query.order_by(adapter_versions.c.version.desc()).limit(1)
-    row = connection.execute(query).mappings().one_or_none()
-    is_same = row is not None and (row["digest"], row["bundle"]) == (content.digest, content.bundle)
-    return adapter_rows.version_of(row) if row is not None and is_same else None
-
-
-def _add_version(
-    connection: Connection, owner: str, name: str, columns: Mapping[str, Any], now: datetime
-) -> AdapterVersion:
-    last = select(func.max(adapter_versions.c.version)).where(is_of(adapter_versions, owner, name))
-    number = (connection.execute(last).scalar() or 0) + 1  # of the deleted ones too
-    if number == 1:
-        private = Visibility.PRIVATE.value
-        connection.execute(adapters.insert().values(owner=owner, name=name, visibility=private, created_at=now))
-    row = {"owner": owner, "name": name, "version": number, "created_at": now, **columns}
-    connection.execute(adapter_versions.insert().values(row))
-    return adapter_rows.version_of(row)
-
-
-def _narrow(versions: Select[Any], owner: str, reference: AdapterReference) -> Select[Any]:
-    """Return the query for what a reference says of an adapter's versions, one at most."""
-    if reference.digest is not None:
-        chosen = versions.where(adapter_versions.c.digest == reference.digest)
-        return chosen.order_by(adapter_versions.c.version.desc()).limit(1)
-    if reference.version is not None:
-        return versions.where(adapter_versions.c.version == reference.version)
-    pointed = select(aliases.c.version).where(is_of(aliases, owner, reference.name), aliases.c.alias == reference.alias)
-    return versions.where(adapter_versions.c.version == pointed.scalar_subquery())
+def _require_deletable(connection: Connection, tenant_id: str, owner: str, name: str, version: int) -> RowMapping:
+    row = _require_own_version(connection, tenant_id, owner, name, version)
+    if pointing := aliases_at(connection, owner, name, version):
+        message = f"version {version} of adapter {name!r} is what {', '.join(pointing)} points at"
+        raise FailedPreconditionError(message, reason="VERSION_HAS_ALIAS", field="version")
+    return row

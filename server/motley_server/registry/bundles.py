@@ -3,10 +3,10 @@
     root/staging/<upload id>/    uploads on their way in, as staging.py has them
     root/bundles/<64 hex>/NAME   bundles, each whole, or it would not be here
     root/trash/                  what is being removed; anything in it may go at any time
+    root/lock                    locked by the process that has the store open
 
 A bundle comes into being by one rename, after its bytes are on disk and were found right. It knows no owners, names or
-versions, and no SQL: who calls says what is still wanted. One process uses a root. Methods may be called from any
-thread; they block.
+versions, and no SQL: who calls says what is still wanted. Methods may be called from any thread; they block.
 """
 
 from __future__ import annotations
@@ -21,11 +21,21 @@ from threading import Lock
 
 from motley_server.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
 from motley_server.registry.bundle_files import PREFIX, SHA256, BundleFile, bundle_digest, checked_files
-from motley_server.registry.disk import FOLDER, Disk, is_folder, is_there, opened, size_of
+from motley_server.registry.disk import FOLDER, Disk, is_folder, is_there, locked, opened, size_of
 from motley_server.registry.staging import FILES, Upload, read_plan
 
 _FOLDERS = ("staging", "bundles", "trash")
+_LOCK = "lock"
 _UPLOAD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class BundleStoreError(Exception):
+    """Say why a store cannot be opened; `reason` is a stable word, as in the tree of errors."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
 
 
 class BundleStore:
@@ -38,7 +48,10 @@ class BundleStore:
     """
 
     def __init__(self, root: Path, disk: Disk | None = None) -> None:
-        """Open a store, and make its folders where they are missing."""
+        """Open a store for this process alone, and make its folders where they are missing.
+
+        Raises: BundleStoreError (reason=DATA_DIR_IN_USE).
+        """
         self._root = root
         self._disk = Disk() if disk is None else disk
         self._moves = Lock()  # held for every change of what lies in staging and bundles
@@ -48,6 +61,11 @@ class BundleStore:
         self._recent_bundles: set[str] = set()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with ExitStack() as closing, opened(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as folder:
+            try:
+                closing.enter_context(locked(folder, _LOCK))
+            except BlockingIOError:
+                message = f"{root} is in use: another server has it open"
+                raise BundleStoreError(message, reason="DATA_DIR_IN_USE") from None
             for name in _FOLDERS:
                 if not is_folder(folder, name):
                     self._disk.make_folder(folder, name)
@@ -58,7 +76,7 @@ class BundleStore:
             self._closing = closing.pop_all()
 
     def close(self) -> None:
-        """Close the store's folders. A second time does nothing."""
+        """Close the store's folders, so that others may open it. A second time does nothing."""
         self._closing.close()
 
     def begin(self, upload_id: str, files: Iterable[BundleFile]) -> None:
@@ -80,7 +98,7 @@ class BundleStore:
                     trashed.append(self._to_trash(self._staging, upload_id))
                 self._uploads[upload_id] = Upload.create(self._disk, self._staging, upload_id, wanted)
             elif upload.files != wanted:
-                message = f"upload {upload_id} was begun with other files"
+                message = "this upload was begun with other files"
                 raise AlreadyExistsError(message, reason="UPLOAD_EXISTS", field="upload_id")
         self._delete(trashed)
 
@@ -128,10 +146,17 @@ class BundleStore:
                 self._recent_uploads.add(upload_id)
                 self._recent_bundles.add(digest)
                 trashed = self._move(upload, digest.removeprefix(PREFIX))
-                # Whoever made the bundle may have been stopped before its name was safe.
+                # Also of a bundle that was there: whoever made it may have been stopped before its name was safe. And
+                # first where the files are, then where they were, or a loss of power might leave them in neither.
                 self._disk.fsync(self._bundles)
+                with upload.opened_folder() as folder:
+                    self._disk.fsync(folder)
         self._delete(trashed)
         return digest
+
+    def bundles(self) -> set[str]:
+        """Return the digests of the bundles that are there."""
+        return {PREFIX + name for name in os.listdir(self._bundles)}
 
     def directory(self, digest: str) -> Path:
         """Return the folder that has a bundle's files and nothing else."""
@@ -248,7 +273,6 @@ class BundleStore:
                 self._disk.rename(folder, FILES, self._bundles, name)
                 trashed = []
             upload.moved()
-            self._disk.fsync(folder)
         return trashed
 
     def _to_trash(self, folder: int, name: str) -> str:

@@ -7,6 +7,7 @@ no link is followed. Everything here blocks and runs on the caller's thread.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -59,11 +60,22 @@ class Disk:
 @contextmanager
 def opened(name: str | os.PathLike[str], flags: int, folder: int | None = None) -> Iterator[int]:
     """Open a file or folder for as long as the block runs. Raises: FileNotFoundError; OSError for a link."""
-    descriptor = os.open(name, flags, dir_fd=folder)
+    descriptor = os.open(name, flags, 0o600, dir_fd=folder)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: int, name: str) -> Iterator[None]:
+    """Have a file locked for as long as the block runs or the process lives. Raises: BlockingIOError if another has it.
+
+    Effects: makes the file, and leaves it.
+    """
+    with opened(name, CHANGE | os.O_CREAT, folder) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 @contextmanager

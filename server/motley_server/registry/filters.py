@@ -19,7 +19,7 @@ from motley_server.registry.schema import adapter_versions, adapters
 
 MAX_CHARACTERS = 1000
 MAX_TERMS = 20
-STATES = ("uploading", "validating", "ready", "failed", "deleting")
+STATES = ("ready", "deleting")
 
 _COLUMNS = {"owner": adapters.c.owner, "name": adapters.c.name, "kind": adapter_versions.c.kind}
 _LABELS = "labels."
@@ -48,7 +48,8 @@ def _condition_of(term: str) -> ColumnElement[bool]:
     if key == "state":
         if value not in STATES:
             raise _refusal(f"{value!r} is no state: {', '.join(STATES)}")
-        return true() if value == "ready" else false()  # what has a number is ready
+        # What is being deleted, the server process alone knows: here it is there, or it is not.
+        return true() if value == "ready" else false()
     if key.startswith(_LABELS):
         label = key.removeprefix(_LABELS)
         if not is_label_key(label) or not is_label_value(value):

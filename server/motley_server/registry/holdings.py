@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, exists, func, select
 
 from motley_server.errors import ResourceExhaustedError
 from motley_server.registry.records import Quota
-from motley_server.registry.schema import adapter_versions, adapters
+from motley_server.registry.schema import adapter_versions, adapters, uploads
 from motley_server.registry.visibility import IS_THERE, is_of
 
 
@@ -19,8 +19,9 @@ def has_adapters(connection: Connection, owner: str) -> bool:
     return bool(connection.execute(select(exists().where(adapter_versions.c.owner == owner, IS_THERE))).scalar())
 
 
-def forget_adapters(connection: Connection, owner: str) -> None:
-    """Forget the numbers that an owner's deleted versions had; their name may be another's one day."""
+def forget_owner(connection: Connection, owner: str) -> None:
+    """Forget an owner's uploads, and the numbers that its deleted versions had; its name may be another's one day."""
+    connection.execute(delete(uploads).where(uploads.c.owner == owner))
     connection.execute(delete(adapters).where(adapters.c.owner == owner))
 
 
@@ -30,8 +31,10 @@ def has_version(connection: Connection, owner: str, name: str) -> bool:
     return bool(connection.execute(select(of_name)).scalar())
 
 
-def check_room(connection: Connection, owner: str, name: str, size_bytes: int, quota: Quota) -> None:
-    """Refuse one more version that an owner's quota has no room for.
+def check_room(
+    connection: Connection, owner: str, name: str, size_bytes: int, quota: Quota, announced_bytes: int = 0
+) -> None:
+    """Refuse one more version that an owner's quota has no room for, beside bytes that are on their way.
 
     Raises: ResourceExhaustedError (reason=QUOTA_ADAPTERS or QUOTA_ADAPTER_BYTES).
     """
@@ -44,9 +47,10 @@ def check_room(connection: Connection, owner: str, name: str, size_bytes: int, q
     if quota.adapter_bytes is not None:
         total = select(func.coalesce(func.sum(adapter_versions.c.size_bytes), 0))
         used = int(connection.execute(total.where(adapter_versions.c.owner == owner, IS_THERE)).scalar_one())
-        if used + size_bytes > quota.adapter_bytes:
+        if used + announced_bytes + size_bytes > quota.adapter_bytes:
+            coming = f" and {announced_bytes} on their way" if announced_bytes else ""
             message = (
-                f"{owner!r} has adapters of {used} bytes; {size_bytes} more are over the {quota.adapter_bytes} that "
-                "its quota allows"
+                f"{owner!r} has adapters of {used} bytes{coming}; {size_bytes} more are over the {quota.adapter_bytes} "
+                "that its quota allows"
             )
             raise ResourceExhaustedError(message, reason="QUOTA_ADAPTER_BYTES", field="quota.adapter_bytes")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, and_, or_, select
 
 from motley_server.registry import pages
-from motley_server.registry.adapter_rows import records_of, version_of
+from motley_server.registry.adapter_rows import records_of, version_seen_by
 from motley_server.registry.filters import conditions_of
 from motley_server.registry.names import is_name
 from motley_server.registry.ownership import adapter_not_found
@@ -55,7 +55,7 @@ def page_of_adapters(
 
 
 def page_of_versions(
-    connection: Connection, page_secret: bytes, owner: str, name: str, page_size: int, page_token: str
+    connection: Connection, page_secret: bytes, tenant_id: str, owner: str, name: str, page_size: int, page_token: str
 ) -> Page[AdapterVersion]:
     """Return the next versions of an adapter, the newest first; whoever calls has looked whether they may be seen.
 
@@ -68,7 +68,7 @@ def page_of_versions(
     query = query.order_by(adapter_versions.c.version.desc()).limit(size + 1)
     if position is not None:
         query = query.where(adapter_versions.c.version < position[0])
-    found = tuple(version_of(row) for row in connection.execute(query).mappings())
+    found = tuple(version_seen_by(tenant_id, row) for row in connection.execute(query).mappings())
     if len(found) <= size:
         return Page(found, "")
     return Page(found[:size], pages.encode_position(page_secret, listing, [found[size - 1].version]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 NAME_RULE = "1 to 128 of a-z, 0-9, dot, dash and underscore, beginning with a letter or a digit"
 DEFAULT_ALIAS = "default"
 LOCAL_TENANT = "local"  # whoever needs no key
+PUBLIC_OWNER = "public"  # nobody; owns what everybody may use
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")

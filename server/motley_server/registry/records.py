@@ -81,7 +81,10 @@ class NewVersion:
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable version of an adapter; `owner` is a tenant or `public`. The other fields are NewVersion's."""
+    """One immutable version of an adapter; `owner` is a tenant or `public`. Most other fields are NewVersion's.
+
+    Semantics: `is_pinned` says what its owner wants of the device, and may change.
+    """
 
     owner: str
     name: str
@@ -98,6 +101,7 @@ class AdapterVersion:
     labels: Mapping[str, str]
     created_by: str
     created_at: datetime
+    is_pinned: bool
 
     def name_for(self, tenant_id: str) -> str:
         """Return what this tenant calls it."""
@@ -119,7 +123,10 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """An adapter that has a version, as one tenant may see it: `shared_with` is for its owner's eyes alone."""
+    """An adapter that has a version, as one tenant may see it.
+
+    Semantics: `shared_with` and `latest.created_by` are for its owner's eyes alone, and empty for others.
+    """
 
     owner: str
     name: str

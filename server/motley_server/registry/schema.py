@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Connection,
     Double,
@@ -33,7 +34,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from motley_server.registry.names import LOCAL_TENANT
 
-VERSION = 1
+VERSION = 2
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -145,6 +146,7 @@ adapter_versions = Table(
     Column("labels", JSON, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Column("created_by", Text, nullable=False),
+    Column("is_pinned", Boolean, nullable=False),
     Column("deleted_at", UtcTime),
     ForeignKeyConstraint(["owner", "name"], ["adapters.owner", "adapters.name"], ondelete="CASCADE"),
 )
@@ -173,6 +175,18 @@ shares = Table(
     Column("tenant", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
     ForeignKeyConstraint(["owner", "name"], ["adapters.owner", "adapters.name"], ondelete="CASCADE"),
     Index("shares_by_tenant", "tenant", "owner", "name"),
+)
+
+# Uploads that have become no version yet. Whose they are is as with adapters.
+uploads = Table(
+    "uploads",
+    METADATA,
+    Column("owner", _Id, primary_key=True),
+    Column("upload_id", _Id, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("touched_at", UtcTime, nullable=False),
+    Index("uploads_by_time", "touched_at"),
 )
 
 

@@ -24,11 +24,10 @@ from motley_server.errors import (
     NotFoundError,
 )
 from motley_server.registry import pages
-from motley_server.registry.catalog import PUBLIC_OWNER
 from motley_server.registry.database import Database
-from motley_server.registry.holdings import forget_adapters, has_adapters
+from motley_server.registry.holdings import forget_owner, has_adapters
 from motley_server.registry.idempotency import Answer, Request, forget_scope
-from motley_server.registry.names import LOCAL_TENANT, NAME_RULE, is_name
+from motley_server.registry.names import LOCAL_TENANT, NAME_RULE, PUBLIC_OWNER, is_name
 from motley_server.registry.records import Page, Quota, Tenant
 from motley_server.registry.schema import from_microseconds, tenants, to_microseconds
 
@@ -158,7 +157,7 @@ class Tenants:
             if has_adapters(connection, id):
                 message = f"tenant {id!r} has adapters, which others may use: delete their versions first"
                 raise FailedPreconditionError(message, reason="TENANT_OWNS_ADAPTERS", field="id")
-            forget_adapters(connection, id)
+            forget_owner(connection, id)
             forget_scope(connection, id)
             connection.execute(delete(tenants).where(tenants.c.id == id))
             request.keep_answer(connection, now, {})
@@ -172,6 +171,15 @@ def tenant_not_found(id: str, field: str) -> NotFoundError:
 def has_tenant(connection: Connection, id: str) -> bool:
     """Tell whether there is such a tenant."""
     return _find(connection, id) is not None
+
+
+def require_owner(connection: Connection, owner: str) -> None:
+    """Refuse who can own no adapters: a tenant may have gone while its files were on their way.
+
+    Raises: NotFoundError (reason=TENANT_NOT_FOUND).
+    """
+    if owner != PUBLIC_OWNER and not has_tenant(connection, owner):
+        raise tenant_not_found(owner, "owner")
 
 
 def _find(connection: Connection, id: str) -> Tenant | None:

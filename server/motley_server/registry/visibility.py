@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, FromClause, Select, and_, exists, func, or_, select
 
-from motley_server.registry.catalog import PUBLIC_OWNER
+from motley_server.registry.names import PUBLIC_OWNER
 from motley_server.registry.records import Visibility
 from motley_server.registry.schema import adapter_versions, adapters, shares
 

@@ -1,4 +1,4 @@
-"""Who is calling, for the code of one RPC.
+"""Who is calling, and about what, for the code of one RPC.
 
 grpc.aio gives a servicer no place of its own for what interceptors found out; it does run interceptors and handler of
 one RPC in one context, so a context variable carries it, seen by nobody else.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
+from google.protobuf.message import Message
+
 from motley_server.asked import Caller
 
+_SUBJECT: ContextVar[Message | None] = ContextVar("motley_subject", default=None)
 _CALLER: ContextVar[Caller] = ContextVar("motley_caller")
 
 
@@ -21,3 +24,13 @@ def set_caller(caller: Caller) -> None:
 def current_caller() -> Caller:
     """Return who makes this RPC."""
     return _CALLER.get()
+
+
+def set_subject(message: Message) -> None:
+    """Note the message that says what this RPC is about, where its request is a stream of them."""
+    _SUBJECT.set(message)
+
+
+def current_subject() -> Message | None:
+    """Return what `set_subject` noted."""
+    return _SUBJECT.get()

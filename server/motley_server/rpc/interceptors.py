@@ -23,7 +23,7 @@ from motley_server.audit import ControlAction, write_down
 from motley_server.errors import MotleyError
 from motley_server.rpc.access import OPEN_METHODS, check_roles, rule_of
 from motley_server.rpc.audited import target_of
-from motley_server.rpc.call import set_caller
+from motley_server.rpc.call import current_subject, set_caller
 from motley_server.rpc.identity import Identify
 from motley_server.rpc.status import REQUEST_ID_KEY, code_of, to_status, trailers
 from motley_server.rpc.wire_checks import check_answer, check_message, lenient
@@ -104,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # Before the caller can see the end, so that who has seen it finds it counted and written down.
             self._observer.rpc_finished(method, code.name, time.monotonic() - began)
             if rule_of(method).is_audited:
-                _write_down(method, code, request_id, caller, target_of(request, answer))
+                _write_down(method, code, request_id, caller, target_of(current_subject() or request, answer))
         await _abort(context, failure, method, request_id)
 
     async def _answer(self, behavior: Behavior, request: Any, context: Context) -> Any:

@@ -10,9 +10,9 @@ from collections.abc import Sized
 
 from motley.v1 import inference_pb2
 
-from motley_server.adapter_sets import MAX_ADAPTERS
 from motley_server.admission import MAX_CHAT_TURNS, MAX_CONTINUATIONS, AdmissionLimits
 from motley_server.errors import InvalidArgumentError
+from motley_server.library.sets import MAX_ADAPTERS
 from motley_server.sampling import MAX_ITEMS
 
 

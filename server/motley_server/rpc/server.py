@@ -11,20 +11,28 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_reflection.v1alpha import reflection
-from motley.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc, tenant_pb2, tenant_pb2_grpc
+from motley.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    tenant_pb2,
+    tenant_pb2_grpc,
+)
 
 from motley_server.admission import Admission
 from motley_server.engine.api import EngineFront
 from motley_server.facts import ServerFacts
 from motley_server.lifecycle import Lifecycle
-from motley_server.registry.catalog import Catalog
+from motley_server.rpc.adapters import AdapterLibrary, AdapterService
 from motley_server.rpc.health import EngineHealth
 from motley_server.rpc.identity import Identify
 from motley_server.rpc.inference import InferenceService
 from motley_server.rpc.interceptors import CallInterceptor, RpcObserver
 from motley_server.rpc.server_info import AdapterBytes, ServerService
 from motley_server.rpc.tenants import TenantRegistry, TenantService
-from motley_server.rpc.unbuilt import UNBUILT_SERVICES, unbuilt_handler
 from motley_server.tls import TlsFiles
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -37,7 +45,7 @@ class Backend:
 
     engine: EngineFront
     admission: Admission
-    catalog: Catalog
+    library: AdapterLibrary
     adapters: AdapterBytes
     facts: ServerFacts
     observer: RpcObserver
@@ -76,11 +84,12 @@ class RpcServer:
     def _add_services(self, backend: Backend) -> None:
         inference = InferenceService(backend.admission, backend.facts)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
-        service = ServerService(backend.facts, backend.engine, backend.catalog, backend.adapters, self.lifecycle)
+        service = ServerService(backend.facts, backend.engine, backend.adapters, self.lifecycle)
         server_pb2_grpc.add_ServerServiceServicer_to_server(service, self._server)
         tenants = TenantService(backend.registry, backend.admission.check_open)
         tenant_pb2_grpc.add_TenantServiceServicer_to_server(tenants, self._server)
-        self._server.add_generic_rpc_handlers([unbuilt_handler(one) for one in UNBUILT_SERVICES])
+        adapters = AdapterService(backend.library, backend.admission.check_open)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         self.health.add_to(self._server)
 
     async def start(self, address: str) -> int:
@@ -113,12 +122,13 @@ class RpcServer:
 
 
 def _service_names() -> list[str]:
-    built = (
+    services = (
+        adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"],
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
         server_pb2.DESCRIPTOR.services_by_name["ServerService"],
         tenant_pb2.DESCRIPTOR.services_by_name["TenantService"],
     )
-    return [service.full_name for service in (*built, *UNBUILT_SERVICES)]
+    return [service.full_name for service in services]
 
 
 def server_options(max_message_bytes: int) -> list[tuple[str, int]]:

@@ -8,14 +8,11 @@ from typing import Any, Protocol
 import grpc
 from motley.v1 import server_pb2, server_pb2_grpc
 
-from motley_server.adapter_sets import MAX_ADAPTERS, served_adapter
 from motley_server.engine.api import EngineFront
 from motley_server.errors import InvalidArgumentError
 from motley_server.facts import ServerFacts
+from motley_server.library.sets import MAX_ADAPTERS
 from motley_server.lifecycle import Lifecycle
-from motley_server.registry.catalog import Catalog
-from motley_server.rpc.call import current_caller
-from motley_server.rpc.convert import served_adapter_to
 from motley_server.sampling import MAX_CANDIDATES, MAX_LOGPROBS
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -33,12 +30,9 @@ class AdapterBytes(Protocol):
 class ServerService(server_pb2_grpc.ServerServiceServicer):
     """Say what is served, and stop when told to."""
 
-    def __init__(
-        self, facts: ServerFacts, engine: EngineFront, catalog: Catalog, adapters: AdapterBytes, lifecycle: Lifecycle
-    ) -> None:
+    def __init__(self, facts: ServerFacts, engine: EngineFront, adapters: AdapterBytes, lifecycle: Lifecycle) -> None:
         self._facts = facts
         self._engine = engine
-        self._catalog = catalog
         self._adapters = adapters
         self._lifecycle = lifecycle
 
@@ -46,7 +40,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.GetServerInfoRequest, context: Context
     ) -> server_pb2.GetServerInfoResponse:
         """Say what is served and within which limits."""
-        facts, tenant_id = self._facts, current_caller().tenant_id
+        facts = self._facts
         return server_pb2.GetServerInfoResponse(
             version=facts.version,
             base_model=facts.base.name,
@@ -67,10 +61,6 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 max_running_requests=facts.max_running,
                 max_waiting_requests=facts.max_waiting,
             ),
-            adapters=[
-                served_adapter_to(served_adapter(one, tenant_id, weight=1.0))
-                for one in self._catalog.visible(tenant_id)
-            ],
         )
 
     async def GetCapacity(  # noqa: N802

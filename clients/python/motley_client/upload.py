@@ -1,0 +1,193 @@
+"""Uploads of both clients: an adapter's files on their way to a server, over as many connections as it takes.
+
+Owns how bytes are streamed and how an upload goes on after a cut; what it says is in `upload_plan`, when it is given up
+in `resuming`. At most a few pieces of a file are in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import TypeVar, cast
+
+import grpc
+from motley.v1 import adapter_pb2
+
+from motley_client import convert_adapters as convert
+from motley_client.adapter_calls import AdapterCalls, AsyncAdapterCalls
+from motley_client.endpoint import UNREACHABLE
+from motley_client.errors import (
+    InternalError,
+    MotleyClientError,
+    NotFoundError,
+    UnavailableError,
+    from_rpc_error,
+)
+from motley_client.resuming import Resuming
+from motley_client.types_adapters import AdapterKind, AdapterVersion, UploadPhase
+from motley_client.upload_plan import ProgressCall, UploadPlan
+
+_Item = TypeVar("_Item")
+
+
+class UploadCalls(AdapterCalls):
+    """Upload adapters, blocking."""
+
+    def upload_adapter(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        aliases: Iterable[str] = (),
+        labels: Mapping[str, str] | None = None,
+        kind: AdapterKind | None = None,
+        upload_id: str | None = None,
+        progress: ProgressCall | None = None,
+        timeout: float | None = None,
+    ) -> AdapterVersion:
+        """Publish the adapter in a directory, and return the version that it became.
+
+        Semantics: without `aliases`, `default` is pointed at it. A connection that is cut is taken up where the server
+        has got to; so is, by the same call, an upload whose client ended. Bytes that are the newest version already
+        stay that version. `upload_id` is chosen from all this unless given. `timeout` is for the whole.
+        Effects: `progress` is called from a thread of gRPC's while bytes are sent.
+        Raises: MotleyClientError for what the server refuses; InvalidArgumentError for a directory that holds no
+        adapter, or not as plain files; OSError.
+        """
+        plan = UploadPlan(name, directory, aliases, labels, kind, progress)
+        for done in plan.hashing():
+            plan.tell(UploadPhase.HASHING, done)
+        resuming = Resuming(self._effective(timeout))
+        plan.settle(upload_id, 0 if upload_id is not None else self._newest_version(plan.adapter_name, resuming))
+        while True:
+            try:
+                committed = self._committed(plan.upload_id, resuming)
+                resuming.reached(sum(committed.values()))
+                return self._send(plan, committed, resuming)
+            except MotleyClientError as error:
+                pause = resuming.pause_after(error)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
+    def _newest_version(self, name: str, resuming: Resuming) -> int:
+        try:
+            versions = self.list_adapter_versions(name, page_size=1, timeout=resuming.seconds_left())
+            return next((one.version for one in versions), 0)
+        except NotFoundError:
+            return 0
+
+    def _committed(self, upload_id: str, resuming: Resuming) -> Mapping[str, int]:
+        try:
+            return self.get_upload(upload_id, timeout=resuming.seconds_left()).committed_bytes
+        except NotFoundError:
+            return {}
+
+    def _send(self, plan: UploadPlan, committed: Mapping[str, int], resuming: Resuming) -> AdapterVersion:
+        failures: list[Exception] = []  # of ours: from an iterator, gRPC would turn them into a word of its own
+
+        def messages() -> Iterator[adapter_pb2.UploadAdapterRequest]:
+            try:
+                for message, done in plan.messages(committed):
+                    yield message
+                    plan.tell(UploadPhase.SENDING, done)
+            except Exception as error:
+                failures.append(error)
+
+        call = self._adapters.UploadAdapter.future(
+            messages(), timeout=resuming.seconds_left(), metadata=self._endpoint.metadata
+        )
+        try:
+            version = convert.version(call.result().version)
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            if failures:
+                raise failures.pop() from None
+            raise from_rpc_error(cast(grpc.RpcError, call), self._endpoint.address) from error
+        finally:
+            call.cancel()
+        plan.tell(UploadPhase.SENDING, plan.total_bytes)
+        return version
+
+
+class AsyncUploadCalls(AsyncAdapterCalls):
+    """Upload adapters, awaiting; as UploadCalls otherwise."""
+
+    async def upload_adapter(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        aliases: Iterable[str] = (),
+        labels: Mapping[str, str] | None = None,
+        kind: AdapterKind | None = None,
+        upload_id: str | None = None,
+        progress: ProgressCall | None = None,
+        timeout: float | None = None,
+    ) -> AdapterVersion:
+        """Publish the adapter in a directory, and return the version that it became.
+
+        Semantics: as UploadCalls.upload_adapter, but files are read on threads, and `progress` is called on the loop.
+        Raises: as UploadCalls.upload_adapter.
+        """
+        plan = UploadPlan(name, directory, aliases, labels, kind, progress)
+        async for done in _on_threads(plan.hashing()):
+            plan.tell(UploadPhase.HASHING, done)
+        resuming = Resuming(self._effective(timeout))
+        plan.settle(upload_id, 0 if upload_id is not None else await self._newest_version(plan.adapter_name, resuming))
+        while True:
+            try:
+                committed = await self._committed(plan.upload_id, resuming)
+                resuming.reached(sum(committed.values()))
+                return await self._send(plan, committed, resuming)
+            except MotleyClientError as error:
+                pause = resuming.pause_after(error)
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+
+    async def _newest_version(self, name: str, resuming: Resuming) -> int:
+        try:
+            request = convert.list_versions_request(name, 1)
+            listed = await self._call(self._adapters.ListAdapterVersions, request, resuming.seconds_left())
+            return max((one.version for one in listed.versions), default=0)
+        except NotFoundError:
+            return 0
+
+    async def _committed(self, upload_id: str, resuming: Resuming) -> Mapping[str, int]:
+        try:
+            return (await self.get_upload(upload_id, timeout=resuming.seconds_left())).committed_bytes
+        except NotFoundError:
+            return {}
+
+    async def _send(self, plan: UploadPlan, committed: Mapping[str, int], resuming: Resuming) -> AdapterVersion:
+        call = self._adapters.UploadAdapter(timeout=resuming.seconds_left(), metadata=self._endpoint.metadata)
+        try:
+            with suppress(grpc.RpcError, asyncio.InvalidStateError):  # it ended early: its answer says why
+                async for message, done in _on_threads(plan.messages(committed)):
+                    await call.write(message)
+                    plan.tell(UploadPhase.SENDING, done)
+                await call.done_writing()
+            version = convert.version((await call).version)
+        except grpc.RpcError as error:
+            raise _failure(error, self._endpoint.address) from error
+        finally:
+            call.cancel()
+        plan.tell(UploadPhase.SENDING, plan.total_bytes)
+        return version
+
+
+def _failure(error: grpc.RpcError, server: str) -> MotleyClientError:
+    """Read how a stream that was written failed; gRPC's asyncio drops an answer that comes while it writes."""
+    failure = from_rpc_error(error, server)
+    if isinstance(failure, InternalError) and failure.reason == InternalError.code:  # what it says then
+        return UnavailableError(f"{server} ended a stream while it was written to", reason=UNREACHABLE)
+    return failure
+
+
+async def _on_threads(items: Iterator[_Item]) -> AsyncIterator[_Item]:
+    """Yield what a blocking iterator yields, each step of it taken on a thread."""
+    while (item := await asyncio.to_thread(next, items, None)) is not None:
+        yield item

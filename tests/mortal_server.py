@@ -1,0 +1,134 @@
+"""A server process that is killed again and again over one data directory, and what it has promised by then.
+
+A promise is what a call has answered. What was asked for and not answered is in doubt: after a restart it has happened
+whole or not at all. Runs on the test's event loop; the server is another process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from motley_client import AdapterState, AsyncClient, Visibility
+from motley_client.child_server import child_server
+
+CONFIG = "log_level = 'error'\n[engine]\nkv_cache_bytes = 16777216\nthreads = 1\n[limits]\ncollect_seconds = {}\n"
+PROMPT = "upper: cat ="
+PATIENCE_SECONDS = 30.0
+Key = tuple[str, int]  # name, version
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What is the case: versions by the directories that they were made of, and what names, shares and pins say."""
+
+    versions: dict[Key, Path] = field(default_factory=dict)
+    aliases: dict[tuple[str, str], int] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+    pinned: frozenset[Key] = frozenset()
+
+    def with_version(self, name: str, version: int, directory: Path, *aliases: str) -> Promised:
+        """Return the case after an upload."""
+        moved = {(name, alias): version for alias in aliases}
+        return replace(self, versions=self.versions | {(name, version): directory}, aliases=self.aliases | moved)
+
+    def with_alias(self, name: str, alias: str, version: int) -> Promised:
+        """Return the case after an alias moved."""
+        return replace(self, aliases=self.aliases | {(name, alias): version})
+
+    def without(self, *keys: Key) -> Promised:
+        """Return the case after deletions."""
+        left = {key: directory for key, directory in self.versions.items() if key not in keys}
+        return replace(self, versions=left, pinned=self.pinned - {*keys})
+
+
+class MortalServer:
+    """A data directory, and the server over it while there is one."""
+
+    def __init__(self, folder: Path, collect_seconds: float) -> None:
+        self.adapters = folder / "data" / "adapters"
+        self.pid = 0
+        self._folder = folder
+        self._answers: dict[Path, str] = {}  # that each directory's adapter gave when it was first asked
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"  # the same after every restart
+        (folder / "motley.toml").write_text(CONFIG.format(collect_seconds))
+
+    @asynccontextmanager
+    async def life(self) -> AsyncIterator[AsyncClient]:
+        """Run the server while the block runs, unless it is killed before."""
+        arguments = ["--listen", self.address, "--config", str(self._folder / "motley.toml")]
+        arguments += ["--base", "tiny", "--dtype", "float32", "--data-dir", str(self._folder / "data")]
+        async with child_server(arguments, self._folder) as server:
+            self.pid = server.pid
+            async with AsyncClient(server.address, timeout=60) as client:
+                yield client
+
+    def kill(self) -> None:
+        """End the server at once; nothing of it runs any more."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def kill_when(self, is_time: Callable[[], bool]) -> None:
+        """Wait for a moment without giving anybody else this thread, and kill the server then."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not is_time():
+            assert time.monotonic() < until, "the moment never came"
+        self.kill()
+
+    def names_in(self, place: str) -> set[str]:
+        """Return what lies in a place of the store: staging, bundles or trash."""
+        return set(os.listdir(self.adapters / place))
+
+    def file_sizes(self) -> list[int]:
+        """Return the sizes of all files that the store has."""
+        places = (self.adapters / name for name in ("staging", "bundles", "trash"))
+        return sorted(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+
+    async def check(self, client: AsyncClient, *possible: Promised) -> Promised:
+        """Return which of the possible cases holds, after every version of it was fetched and has answered."""
+        seen = await self._see(client)
+        [holds] = [one for one in possible if (set(one.versions), *_settings(one)) == seen]
+        await asyncio.gather(*(self._check_version(client, key, path) for key, path in holds.versions.items()))
+        return holds
+
+    async def _see(self, client: AsyncClient) -> tuple[object, ...]:
+        versions, aliases, shared, pinned = set(), {}, set(), set()
+        async for adapter in client.list_adapters():
+            aliases |= {(adapter.name, alias.name): alias.version for alias in adapter.aliases}
+            if adapter.visibility is Visibility.PUBLIC:
+                shared.add(adapter.name)
+            async for one in client.list_adapter_versions(adapter.name):
+                assert one.state is AdapterState.READY
+                versions.add((one.name, one.version))
+                if one.pinned:
+                    pinned.add((one.name, one.version))
+        return versions, aliases, shared, pinned
+
+    async def _check_version(self, client: AsyncClient, key: Key, directory: Path) -> None:
+        name = f"{key[0]}@{key[1]}"
+        with TemporaryDirectory(dir=self._folder) as back:
+            await client.download_adapter(name, back)
+            assert sha256s(Path(back)) == sha256s(directory), f"{name} is not what was uploaded"
+        answer = await client.generate(PROMPT, adapters=[name], max_new_tokens=8, temperature=0, ignore_eos=True)
+        assert [(one.name, one.version) for one in answer.served_by.adapters] == [key]
+        assert answer.text == self._answers.setdefault(directory, answer.text)
+
+
+def _settings(promised: Promised) -> tuple[object, ...]:
+    return promised.aliases, set(promised.shared), set(promised.pinned)
+
+
+def sha256s(directory: Path) -> dict[str, str]:
+    """Return the checksums of an adapter's files."""
+    files: Iterable[Path] = (path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,52 @@
+"""Which failures of a transfer are tried again, after how long, and when it is given up."""
+
+from __future__ import annotations
+
+import pytest
+from motley_client import (
+    AbortedError,
+    CancelledRequestError,
+    DeadlineExceededError,
+    InternalError,
+    MotleyClientError,
+    OutOfRangeError,
+    UnavailableError,
+    resuming,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_retried"),
+    [
+        (UnavailableError("Socket closed", reason="UNREACHABLE"), True),
+        (UnavailableError("draining", reason="DRAINING"), True),
+        (InternalError("Received RST_STREAM with error code 2", reason="INTERNAL"), True),
+        (CancelledRequestError("Received RST_STREAM with error code 8", reason="CANCELLED"), True),
+        (OutOfRangeError("a gap", reason="UPLOAD_OFFSET"), True),
+        (OutOfRangeError("past the end", reason="UPLOAD_PAST_END"), False),
+        (CancelledRequestError("Channel closed!", reason="CANCELLED"), False),
+        (InternalError("a fault", reason="ENGINE_FAILED"), False),
+        (AbortedError("another stream", reason="UPLOAD_TAKEN_OVER"), False),
+        (DeadlineExceededError("late", reason="DEADLINE_EXCEEDED"), False),
+    ],
+    ids=str,
+)
+def test_only_a_way_that_broke_is_tried_again(error: MotleyClientError, is_retried: bool) -> None:
+    assert resuming.Resuming(None).pause_after(error) == (resuming.FIRST_PAUSE_SECONDS if is_retried else None)
+
+
+def test_pauses_double_until_their_bound_and_begin_anew_with_progress() -> None:
+    attempts, error = resuming.Resuming(None), UnavailableError("Socket closed", reason="UNREACHABLE")
+    pauses = [attempts.pause_after(error) for _ in range(7)]
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0])
+    attempts.reached(5)
+    assert attempts.pause_after(error) == 0.1
+    attempts.reached(5)
+    assert attempts.pause_after(error) == 0.2, "no further than before is no progress"
+
+
+def test_a_server_that_says_when_to_come_back_is_believed() -> None:
+    error = UnavailableError("draining", reason="DRAINING", retry_after_seconds=7.0)
+
+    assert resuming.Resuming(None).pause_after(error) == 7.0
+    assert resuming.Resuming(6.9).pause_after(error) is None, "it would be too late then"
