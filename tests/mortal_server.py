@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from motley_client import AdapterState, AsyncClient, Visibility
+from motley_client import AdapterState, AsyncClient, UnavailableError, Visibility
 from motley_client.child_server import child_server
 
 CONFIG = "log_level = 'error'\n[engine]\nkv_cache_bytes = 16777216\nthreads = 1\n[limits]\ncollect_seconds = {}\n"
@@ -56,8 +56,9 @@ class MortalServer:
 
     def __init__(self, folder: Path, collect_seconds: float) -> None:
         self.adapters = folder / "data" / "adapters"
-        self.pid = 0
+        self.killed = asyncio.Event()
         self._folder = folder
+        self._pid = 0
         self._answers: dict[Path, str] = {}  # that each directory's adapter gave when it was first asked
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -70,36 +71,43 @@ class MortalServer:
         arguments = ["--listen", self.address, "--config", str(self._folder / "motley.toml")]
         arguments += ["--base", "tiny", "--dtype", "float32", "--data-dir", str(self._folder / "data")]
         async with child_server(arguments, self._folder) as server:
-            self.pid = server.pid
+            self._pid = server.pid
+            self.killed.clear()
             async with AsyncClient(server.address, timeout=60) as client:
+                await _reach(client)
                 yield client
 
     def kill(self) -> None:
         """End the server at once; nothing of it runs any more."""
-        os.kill(self.pid, signal.SIGKILL)
+        os.kill(self._pid, signal.SIGKILL)
+        self.killed.set()
 
     def kill_when(self, is_time: Callable[[], bool]) -> None:
-        """Wait for a moment without giving anybody else this thread, and kill the server then."""
+        """Kill the server at a moment that is looked for all the time; blocks until then."""
         until = time.monotonic() + PATIENCE_SECONDS
         while not is_time():
             assert time.monotonic() < until, "the moment never came"
+            time.sleep(0.0002)
         self.kill()
 
     def names_in(self, place: str) -> set[str]:
         """Return what lies in a place of the store: staging, bundles or trash."""
         return set(os.listdir(self.adapters / place))
 
-    def file_sizes(self) -> list[int]:
-        """Return the sizes of all files that the store has."""
-        places = (self.adapters / name for name in ("staging", "bundles", "trash"))
-        return sorted(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+    def files_in(self, *places: str) -> dict[str, int]:
+        """Return the files in places of the store, and their sizes."""
+        found = (path for place in places for path in (self.adapters / place).rglob("*") if path.is_file())
+        return {str(path.relative_to(self.adapters)): path.stat().st_size for path in found}
 
     async def check(self, client: AsyncClient, *possible: Promised) -> Promised:
         """Return which of the possible cases holds, after every version of it was fetched and has answered."""
         seen = await self._see(client)
-        [holds] = [one for one in possible if (set(one.versions), *_settings(one)) == seen]
-        await asyncio.gather(*(self._check_version(client, key, path) for key, path in holds.versions.items()))
-        return holds
+        while (again := await self._see(client)) != seen:  # a push that outlived the server may go on meanwhile
+            seen = again
+        holding = [one for one in possible if _as_seen(one) == seen]
+        assert holding, f"{seen} is none of {[_as_seen(one) for one in possible]}"
+        await asyncio.gather(*(self._check_version(client, *version) for version in holding[0].versions.items()))
+        return holding[0]
 
     async def _see(self, client: AsyncClient) -> tuple[object, ...]:
         versions, aliases, shared, pinned = set(), {}, set(), set()
@@ -124,8 +132,20 @@ class MortalServer:
         assert answer.text == self._answers.setdefault(directory, answer.text)
 
 
-def _settings(promised: Promised) -> tuple[object, ...]:
-    return promised.aliases, set(promised.shared), set(promised.pinned)
+async def _reach(client: AsyncClient) -> None:
+    """Wait until gRPC tries the address again: all channels to one of this process share its pause after failures."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            try:
+                await client.info()
+            except UnavailableError:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+def _as_seen(promised: Promised) -> tuple[object, ...]:
+    return set(promised.versions), promised.aliases, set(promised.shared), set(promised.pinned)
 
 
 def sha256s(directory: Path) -> dict[str, str]:

@@ -12,9 +12,18 @@ import grpc
 import pytest
 from architectures import build_checkpoint
 from kind_sets import KINDS, make_kinds
-from motley.v1 import common_pb2, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
+from motley.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    common_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
 from motley_server.app import build
 from motley_server.config import resolve
+from motley_server.rpc.convert_adapters import KINDS as KIND_WORDS
 from rpc_harness import read_refusal, text_request
 from safetensors.torch import load_file
 
@@ -71,7 +80,10 @@ def test_every_kind_serves_and_says_so_and_overlaps_are_counted(
             inference = inference_pb2_grpc.InferenceServiceStub(channel)
             info = await server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest())
             assert sorted(info.adapter_kinds) == ["goat", "lora", "loram", "s2ft"]
-            assert {one.name: one.kind for one in info.adapters} == {name: KINDS[NAMES[name]] for name in NAMES}
+            stub = adapter_pb2_grpc.AdapterServiceStub(channel)
+            listed = await stub.ListAdapters(adapter_pb2.ListAdaptersRequest())
+            kinds = {one.name: KIND_WORDS[one.latest.kind] for one in listed.adapters}
+            assert kinds == {name: KINDS[NAMES[name]] for name in NAMES}
             alone = [under((name, 1.0)) for name in NAMES]
             all_eight = under(*[(name, 0.3 + 0.1 * place) for place, name in enumerate(NAMES)])
             asked = [text_request("the quick brown", max_new_tokens=4), *alone, all_eight]

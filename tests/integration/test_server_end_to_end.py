@@ -69,7 +69,7 @@ class Running:
             while self.engine.stats().num_used_blocks or self.engine.core.num_requests:
                 await asyncio.sleep(0.005)
         self.engine.core.check_integrity()
-        assert self.app.adapters.num_leases == 0
+        assert self.app.library.cache.num_leases == 0
 
 
 @asynccontextmanager

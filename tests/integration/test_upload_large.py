@@ -78,7 +78,7 @@ def sha256s(directory: Path) -> dict[str, str]:
 
 
 def digest_of(adapter: Path) -> str:
-    linears = {path: (WIDTH, WIDTH) for path in wide_linears(NUM_LAYERS)}
+    linears = dict.fromkeys(wide_linears(NUM_LAYERS), (WIDTH, WIDTH))
     return inspect_adapter(adapter, tiny_spec(linears=linears)).spec.digest
 
 
