@@ -25,6 +25,12 @@ class Refusals:
     def request_refused(self) -> None:
         self.number += 1
 
+    def bytes_uploaded(self, num_bytes: int) -> None:
+        raise AssertionError("nothing is uploaded here")
+
+    def bytes_collected(self, num_bytes: int) -> None:
+        raise AssertionError("nothing is collected here")
+
     def quota_exceeded(self, quota: str) -> None:
         self.by_quota[quota] += 1
 
@@ -54,7 +60,7 @@ def open_door(*, has_template: bool = True) -> Door:
     engine, leases, refusals, folder = ScriptedEngine(), LeaseBook(), Refusals(), TemporaryDirectory()
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes=1000, default_max_new_tokens=8)
     tokenizer = LetterTokenizer(has_template=has_template)
-    library, quotas = PaperLibrary(Path(folder.name), engine, leases), Quotas(refusals, lambda: 0)
+    library, quotas = PaperLibrary(Path(folder.name), engine, leases, refusals), Quotas(refusals, lambda: 0)
     admission = Admission(engine, make_base(), tokenizer, library.sets, limits, refusals, quotas)
     return Door(engine, tokenizer, leases, refusals, quotas, library, admission, folder)
 

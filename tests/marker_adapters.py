@@ -52,7 +52,7 @@ class MarkerMaker:
         self.path, self.other_path = layers[-1], layers[0]
         self.base = base
         self._checkpoint = checkpoint
-        self._read, self._hidden_length = _common_input(checkpoint, self.path, base.spec.vocab_size)
+        self._read, self._hidden_length = common_input(checkpoint, self.path, base.spec.vocab_size)
         heads = base.tensor(f"{base.spec.lm_head_path}.weight").detach().clone()
         self._directions = heads / heads.norm(dim=1, keepdim=True)
 
@@ -107,7 +107,7 @@ class MarkerMaker:
         write_goat(directory, self.base.spec, GEOMETRY, {self.path: module})
 
 
-def _common_input(checkpoint: Path, path: str, vocab_size: int) -> tuple[Tensor, float]:
+def common_input(checkpoint: Path, path: str, vocab_size: int) -> tuple[Tensor, float]:
     """Return what a Linear reads on average, and how long the hidden state that it adds to is."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
     seen: list[Tensor] = []

@@ -26,6 +26,7 @@ from motley_server.facts import ServerFacts
 from motley_server.library.control import AdapterControl
 from motley_server.library.holds import Holds, key_of
 from motley_server.library.housekeeping import Housekeeping
+from motley_server.library.observer import LibraryObserver
 from motley_server.library.sets import AdapterSets
 from motley_server.library.uploads import AdapterRegistry, UploadDesk, content_of
 from motley_server.library.whereabouts import Whereabouts
@@ -183,7 +184,7 @@ class PaperLibrary:
     It has `zeta` twice, `alpha`, `twin` with alpha's digest, one public, one of another tenant, three of S2FT.
     """
 
-    def __init__(self, folder: Path, engine: ScriptedEngine, leases: LeaseBook) -> None:
+    def __init__(self, folder: Path, engine: ScriptedEngine, leases: LeaseBook, observer: LibraryObserver) -> None:
         self.folder = folder
         path = folder / "registry.sqlite3"
         path.write_bytes(_written_registry())
@@ -194,10 +195,12 @@ class PaperLibrary:
         self.holds = Holds()
         intake: Any = self.intake
         self.sets = AdapterSets(database, self.registry.adapters, self.holds, intake, count_overlaps)
-        self.desk = UploadDesk(self.registry, intake)
+        self.desk = UploadDesk(self.registry, intake, observer)
         self.control = AdapterControl(self.registry, self.holds, intake, engine)
         collector = Collector(self.registry.store, self.registry.adapters, self.registry.uploads, database.now)
-        self.housekeeping = Housekeeping(self.registry, collector, self.holds, self.desk, intake, engine.forget)
+        self.housekeeping = Housekeeping(
+            self.registry, collector, self.holds, self.desk, intake, engine.forget, observer
+        )
         self._engine = engine
         self.intake.facts.update((facts.digest, facts) for _, _, facts in catalog())
 
@@ -306,8 +309,8 @@ async def serving(
     """Serve a scripted engine and connect to it; under TLS, callers bring a channel of their own."""
     engine = ScriptedEngine(reader_queue_events=reader_queue_events)
     base, tokenizer, leases, folder = make_base(), LetterTokenizer(), LeaseBook(), TemporaryDirectory()
-    library = PaperLibrary(Path(folder.name), engine, leases)
     metrics = Metrics("1.2.3", base)
+    library = PaperLibrary(Path(folder.name), engine, leases, metrics)
     metrics.follow(engine.stats, lambda: leases.nbytes)
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
     admission = Admission(engine, base, tokenizer, library.sets, limits, metrics, Quotas(metrics))

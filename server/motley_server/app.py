@@ -120,7 +120,7 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     engine = _start_engine(config, base, shelf.cache, metrics)
     resources.push_async_callback(engine.stop)
     metrics.follow(engine.stats, lambda: shelf.cache.nbytes)
-    library = Library(shelf, engine, demands_base=config.require_declared_base)
+    library = Library(shelf, engine, metrics, demands_base=config.require_declared_base)
     resources.push_async_callback(library.stop)
     await library.start(config.limits.collect_seconds)
     facts = _facts(config, base, engine, version, str(device))

@@ -1,8 +1,8 @@
 """Every series that the server exports, in a registry of its own, and the HTTP endpoint that shows them.
 
-Implements the observers of engine, admission and rpc. Counters and histograms are added to by whichever thread saw the
-thing happen; the engine's state is read when somebody scrapes, on the endpoint's thread. docs/metrics.md lists what is
-here, and a test compares the two.
+Implements the observers of engine, library, admission and rpc. Counters and histograms are added to by whichever
+thread saw the thing happen; the engine's state is read when somebody scrapes, on the endpoint's thread. docs/metrics.md
+lists what is here, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -175,6 +175,8 @@ class Metrics(EngineMetrics):
         self._refusals = Counter("motley_quota_refusals", "Refused by quota", ["quota"], registry=self.registry)
         for quota in REASON_OF_QUOTA:
             self._refusals.labels(quota)
+        self._uploaded = Counter("motley_upload_bytes", "Bytes of uploads", registry=self.registry)
+        self._collected = Counter("motley_collected_bytes", "Bytes that nobody needed", registry=self.registry)
         Info("motley_build", "What runs", registry=self.registry).info({"version": version})
         Info("motley_base", "What is served", registry=self.registry).info(
             {
@@ -197,6 +199,14 @@ class Metrics(EngineMetrics):
     def quota_exceeded(self, quota: str) -> None:
         """Count a call that a tenant's quota refused."""
         self._refusals.labels(quota).inc()
+
+    def bytes_uploaded(self, num_bytes: int) -> None:
+        """Count bytes that an upload brought."""
+        self._uploaded.inc(num_bytes)
+
+    def bytes_collected(self, num_bytes: int) -> None:
+        """Count bytes on disk that were removed, because nobody needed them."""
+        self._collected.inc(num_bytes)
 
     def serve(self, address: Address) -> HttpEndpoint:
         """Open the endpoint.

@@ -159,6 +159,10 @@ def test_a_deleted_version_leaves_no_bytes_on_disk_or_in_memory(tmp_path: Path, 
                 await app.library.housekeeping.collect()
             assert (bundle_files(tmp_path), len(app.library.cache), app.library.cache.nbytes) == (set(), 0, 0)
             app.library.cache.check_integrity()
+            collected = app.metrics.registry.get_sample_value("motley_collected_bytes_total")
+            assert collected == sum(
+                path.stat().st_size for one in two for path in one.iterdir() if path.suffix != ".md"
+            )
 
     asyncio.run(scenario())
 

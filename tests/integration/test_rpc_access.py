@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from motley_server.asked import Role
 from motley_server.errors import PermissionDeniedError
+from motley_server.registry.records import Quota, Visibility
 from motley_server.rpc.access import OPEN_METHODS, RULES, check_roles
 from rpc_harness import Refusal, Shell, read_refusal, serving
 
@@ -60,10 +61,10 @@ def may(role: Role, method: str) -> bool:
     return name in MAY[role] or name.partition("/")[0] in MAY[role]
 
 
-async def call(shell: Shell, method: str, metadata: METADATA) -> Refusal | None:
-    """Call a method with an empty request, and return how it was refused."""
+async def call(shell: Shell, method: str, metadata: METADATA, request: Any = None) -> Refusal | None:
+    """Call a method, with an empty request unless another is given, and return how it was refused."""
     described = RPCS[method]
-    request = GetMessageClass(described.input_type)()
+    request = GetMessageClass(described.input_type)() if request is None else request
     kinds = {
         (False, False): shell.channel.unary_unary, (False, True): shell.channel.unary_stream,
         (True, False): shell.channel.stream_unary, (True, True): shell.channel.stream_stream,
@@ -123,6 +124,80 @@ def test_an_rpc_takes_the_right_roles_and_refuses_the_others_by_name(method: str
                 assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "WRONG_ROLE")
                 needed = [one.value for one in Role if may(one, method)]
                 assert refusal.message == f"{method[1:]} needs a key of role {' or '.join(needed)}"
+
+    asyncio.run(scenario())
+
+
+PLAUSIBLE: Mapping[str, Any] = MappingProxyType({
+    "text": "a", "continuations": ["b"], "alias": "default", "version": 1, "visibility": 3, "sha256": "0" * 64,
+    "size_bytes": 1,
+})  # fmt: skip
+
+
+def naming(message: Any, adapter: str, upload_id: str) -> bool:
+    """Fill a request with plausible values and these names wherever it can name something; False if it cannot."""
+    names_something = False
+    for field in message.DESCRIPTOR.fields:
+        is_message = field.message_type is not None
+        if field.full_name == "motley.v1.UploadFile.name":
+            message.name = "adapter_config.json"
+        elif field.name in ("name", "adapter_name") and not is_message:
+            setattr(message, field.name, adapter)
+            names_something = True
+        elif field.name == "upload_id":
+            message.upload_id = upload_id
+            names_something = True
+        elif field.name in PLAUSIBLE and field.is_repeated:
+            getattr(message, field.name).extend(PLAUSIBLE[field.name])
+        elif field.name in PLAUSIBLE:
+            setattr(message, field.name, PLAUSIBLE[field.name])
+        elif field.name in ("header", "prompt"):
+            names_something |= naming(getattr(message, field.name), adapter, upload_id)
+        elif field.name in ("adapters", "files"):
+            names_something |= naming(getattr(message, field.name).add(), adapter, upload_id)
+    return names_something
+
+
+def requests_that_name(adapter: str, upload_id: str) -> dict[str, Any]:
+    """Return a request of every method that names an adapter or an upload."""
+    requests = {
+        method: GetMessageClass(described.input_type)()
+        for method, described in RPCS.items()
+        if described.containing_service.name in ("InferenceService", "AdapterService")
+    }
+    return {method: request for method, request in requests.items() if naming(request, adapter, upload_id)}
+
+
+NAMING = sorted(requests_that_name("a", "a"))
+
+
+def test_only_lists_and_tokens_name_nothing() -> None:
+    services = ("InferenceService", "AdapterService")
+    silent = {method for method, one in RPCS.items() if one.containing_service.name in services} - set(NAMING)
+    assert {method.rpartition("/")[2] for method in silent} == {"ListAdapters", "Tokenize", "Detokenize"}
+
+
+@pytest.mark.parametrize("method", NAMING)
+def test_what_another_tenant_owns_is_met_in_the_words_for_what_is_not_there(method: str) -> None:
+    async def scenario() -> None:
+        async with serving(auth=True) as shell:
+            run, registry = shell.registry.database.run, shell.library.registry
+            await run(shell.registry.tenants.create, "acme")
+            publisher = await bearer(shell, Role.PUBLISHER, "acme")
+            await run(registry.uploads.begin, "local", "begun", "zeta", 10, Quota())
+            met = []
+            for adapter, upload_id in (("local/zeta", "begun"), ("local/atez", "nuged"), ("lacol/zeta", "begnu")):
+                request = requests_that_name(adapter, upload_id)[method]
+                refusal = await call(shell, method, publisher, request)
+                assert refusal is not None
+                met.append((refusal.code, refusal.reason, refusal.field, refusal.message.replace(adapter, "NAME")))
+            assert met == [met[0]] * 3
+            assert met[0][:2] in ((Code.NOT_FOUND, "ADAPTER_NOT_FOUND"), (Code.NOT_FOUND, "UPLOAD_NOT_FOUND"))
+            assert (await run(registry.uploads.get, "local", "begun")).size_bytes == 10
+            kept = await run(registry.adapters.get, "local", "local", "zeta")
+            assert [(one.alias, one.version) for one in kept.aliases] == [("default", 2)]
+            assert (kept.visibility, kept.latest.version) == (Visibility.PRIVATE, 2)
+            assert shell.engine.submitted == []
 
     asyncio.run(scenario())
 

@@ -79,6 +79,8 @@ def test_lists_come_by_pages_with_filters_and_newest_versions_first() -> None:
             assert {one.name for one in found.adapters} == {"apart", "columns", "rows"}
             versions = await shell.adapters.ListAdapterVersions(pb.ListAdapterVersionsRequest(name="zeta"))
             assert [one.version for one in versions.versions] == [2, 1]
+            assert not any(one.ranks for one in [*versions.versions, *(one.latest for one in found.adapters)])
+            assert (await shell.adapters.GetAdapter(pb.GetAdapterRequest(name="zeta"))).version.ranks
             for request, reason in (
                 (pb.ListAdaptersRequest(filter="size>3"), "BAD_FILTER"),
                 (pb.ListAdaptersRequest(page_token="mine"), "BAD_PAGE_TOKEN"),

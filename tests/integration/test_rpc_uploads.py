@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_a_cut_upload_goes_on_where_it_was_committed() -> None:
             assert offsets == {CONFIG: 4, TENSORS: 6 * KIB}
             rest = chunks_of(files, offsets)
             assert len(rest) == 4
+            assert shell.count("motley_upload_bytes_total") == 4 + 6 * KIB
             version = await upload(shell, [header_of(files), *rest, FINISH])
             assert version.version == 1
             assert (await refused(committed(shell))).reason == "UPLOAD_NOT_FOUND"
@@ -360,3 +362,21 @@ def test_an_admin_uploads_for_everybody_and_nobody_else_does() -> None:
             assert (got.version.name, got.version.created_by) == ("public/tool", "")
 
     asyncio.run(scenario())
+
+
+def test_an_upload_is_one_line_in_the_audit_with_what_it_made(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> str:
+        async with serving() as shell:
+            made = await upload(shell, whole(paper_files()))
+            await refused(upload(shell, whole(FILES | {CONFIG: b"none"}, upload_id="up-2")))
+            return made.digest
+
+    with caplog.at_level("INFO", "motley.audit"):
+        digest = asyncio.run(scenario())
+    lines = [json.loads(one.message) for one in caplog.records if one.name == "motley.audit"]
+    assert [(one["method"], one["code"]) for one in lines] == [
+        ("motley.v1.AdapterService/UploadAdapter", "OK"),
+        ("motley.v1.AdapterService/UploadAdapter", "INVALID_ARGUMENT"),
+    ]
+    assert lines[0]["object"] == {"upload_id": "up-1", "adapter_name": "mine", "version": 1, "digest": digest}
+    assert lines[1]["object"] == {"upload_id": "up-2", "adapter_name": "mine"}

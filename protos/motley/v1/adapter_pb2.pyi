@@ -173,7 +173,7 @@ class AdapterVersion(google.protobuf.message.Message):
     """The id of the key that made it; empty for a caller without a key, and for those who do not own it."""
     @property
     def ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Rank by module path, and the bytes it takes in the server's memory."""
+        """Rank by module path; not in lists. Then the bytes it takes in the server's memory."""
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from motley_server.errors import MotleyError
 from motley_server.library.holds import Holds
+from motley_server.library.observer import LibraryObserver
 from motley_server.library.uploads import AdapterRegistry, UploadDesk
 from motley_server.registry.collection import Collector
 
@@ -34,6 +35,7 @@ class Housekeeping:
         desk: UploadDesk,
         intake: AdapterIntake,
         forget: Callable[[str], None],
+        observer: LibraryObserver,
     ) -> None:
         """Make a housekeeper; `forget` is told the digest of every adapter that nothing is left of."""
         self._run = registry.database.run
@@ -43,6 +45,7 @@ class Housekeeping:
         self._desk = desk
         self._intake = intake
         self._forget = forget
+        self._observer = observer
         self._task: asyncio.Task[None] | None = None
 
     def start(self, period_seconds: float) -> None:
@@ -62,6 +65,7 @@ class Housekeeping:
         for bundle in collected.removed - self._store.bundles():  # one may have come back meanwhile
             for digest in self._intake.forget(bundle):
                 self._forget(digest)
+        self._observer.bytes_collected(collected.freed_bytes)
         if collected.freed_bytes:
             log.info("collected %d bytes of adapters and uploads that nobody wants", collected.freed_bytes)
         return collected.freed_bytes

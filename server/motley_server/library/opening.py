@@ -23,6 +23,7 @@ from motley_server.library.holds import Holds, key_of
 from motley_server.library.housekeeping import Housekeeping
 from motley_server.library.intake import AdapterIntake
 from motley_server.library.named import publish_directory
+from motley_server.library.observer import LibraryObserver
 from motley_server.library.sets import AdapterSets
 from motley_server.library.uploads import AdapterRegistry, UploadDesk
 from motley_server.library.whereabouts import Whereabouts
@@ -65,7 +66,7 @@ def put_named(shelf: Shelf, name: str, directory: Path) -> None:
 class Library:
     """Lend adapters to requests, and have publishers bring and change them."""
 
-    def __init__(self, shelf: Shelf, engine: EngineFront, *, demands_base: bool) -> None:
+    def __init__(self, shelf: Shelf, engine: EngineFront, observer: LibraryObserver, *, demands_base: bool) -> None:
         registry = shelf.registry
         self.registry = registry
         self.cache = shelf.cache
@@ -73,9 +74,9 @@ class Library:
         holds = Holds()
         self.sets = AdapterSets(registry.database, registry.adapters, holds, self.intake, overlapping_channels)
         self.control = AdapterControl(registry, holds, self.intake, engine)
-        self.desk = UploadDesk(registry, self.intake)
+        self.desk = UploadDesk(registry, self.intake, observer)
         collector = Collector(registry.store, registry.adapters, registry.uploads, registry.database.now)
-        self.housekeeping = Housekeeping(registry, collector, holds, self.desk, self.intake, engine.forget)
+        self.housekeeping = Housekeeping(registry, collector, holds, self.desk, self.intake, engine.forget, observer)
         self._holds = holds
         self._engine = engine
 

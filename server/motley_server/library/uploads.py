@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from motley_adapters.errors import AdapterError
 from motley_adapters.formats import MAX_JSON_BYTES, MAX_TENSOR_FILE_BYTES
 
 from motley_server.errors import AbortedError, DataLossError, InvalidArgumentError, MotleyError
+from motley_server.library.observer import LibraryObserver
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.aliases import check_alias
 from motley_server.registry.bundle_files import BundleFile, bundle_digest, checked_files
@@ -31,7 +31,7 @@ from motley_server.registry.labels import check_labels
 from motley_server.registry.names import DEFAULT_ALIAS
 from motley_server.registry.publication import Publication
 from motley_server.registry.records import AdapterVersion, NewVersion, Quota
-from motley_server.registry.uploads import Uploads, store_id
+from motley_server.registry.uploads import Uploads, check_upload_id, store_id
 
 if TYPE_CHECKING:  # torch comes with them
     from motley_adapters.reader import Inspection
@@ -47,8 +47,6 @@ T = TypeVar("T")
 MAX_CHUNK_BYTES = 1 << 20
 SYNC_BYTES = 32 << 20  # what a loss of power may cost of an upload
 THREADS = 2
-
-_UPLOAD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +133,12 @@ class OpenUpload:
 class UploadDesk:
     """Take uploads in, any number at a time, each from the stream that was opened last."""
 
-    def __init__(self, registry: AdapterRegistry, intake: AdapterIntake) -> None:
+    def __init__(self, registry: AdapterRegistry, intake: AdapterIntake, observer: LibraryObserver) -> None:
         self._registry = registry
         self._store = registry.store
         self._publication = Publication(registry.store, registry.adapters, registry.uploads)
         self._intake = intake
+        self._observer = observer
         self._open: dict[str, OpenUpload] = {}
         self._endings: dict[str, asyncio.Task[AdapterVersion]] = {}
         self._syncing: set[asyncio.Task[None]] = set()
@@ -159,9 +158,7 @@ class UploadDesk:
         `checked_files`);
         AlreadyExistsError (reason=UPLOAD_EXISTS or REQUEST_ID_REUSED); and what `Publication.begin` does.
         """
-        if not _UPLOAD_ID.fullmatch(asked.upload_id):
-            message = "an upload's id is 1 to 64 letters, digits, `_` and `-`, the first a letter or digit"
-            raise InvalidArgumentError(message, reason="INVALID_UPLOAD_ID", field="upload_id")
+        check_upload_id(asked.upload_id)
         files = checked_files(asked.files)
         for index, file in enumerate(asked.files):
             _check_size(file, f"files[{index}].size_bytes")
@@ -204,6 +201,7 @@ class UploadDesk:
         """Write a chunk of the upload's newest stream; see `OpenUpload.append`."""
         self._check_newest(upload)
         await self._run(self._store.append, upload.asked.store_id, name, offset, data)
+        self._observer.bytes_uploaded(len(data))
 
     async def sync(self, upload: OpenUpload) -> None:
         """Bring to disk what has arrived, if it is still wanted."""

@@ -63,9 +63,7 @@ class Uploads:
         (reason=TENANT_NOT_FOUND); AlreadyExistsError (reason=UPLOAD_EXISTS); ResourceExhaustedError
         (reason=TOO_MANY_UPLOADS, QUOTA_ADAPTERS or QUOTA_ADAPTER_BYTES).
         """
-        if not _UPLOAD_ID.fullmatch(upload_id):
-            message = "an upload's id is 1 to 64 letters, digits, `_` and `-`"
-            raise InvalidArgumentError(message, reason="INVALID_UPLOAD_ID", field="upload_id")
+        check_upload_id(upload_id)
         check_adapter_name(name)
         with self._database.writing() as connection:
             now = self._database.now()
@@ -125,6 +123,16 @@ class Uploads:
         with self._database.reading() as connection:
             rows = connection.execute(select(uploads.c.owner, uploads.c.upload_id)).all()
         return {store_id(row.owner, row.upload_id) for row in rows}
+
+
+def check_upload_id(upload_id: str) -> None:
+    """Refuse what no upload can be called.
+
+    Raises: InvalidArgumentError (reason=INVALID_UPLOAD_ID).
+    """
+    if not _UPLOAD_ID.fullmatch(upload_id):
+        message = "an upload's id is 1 to 64 letters, digits, `_` and `-`"
+        raise InvalidArgumentError(message, reason="INVALID_UPLOAD_ID", field="upload_id")
 
 
 def store_id(owner: str, upload_id: str) -> str:

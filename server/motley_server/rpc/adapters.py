@@ -117,7 +117,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         asked = (request.page_size, request.page_token, request.filter)
         page = await self._run(self._adapters.list, caller.tenant_id, *asked)
         return adapter_pb2.ListAdaptersResponse(
-            adapters=[adapter_to(record, self._write(record.latest, caller)) for record in page.items],
+            adapters=[
+                adapter_to(record, self._write(record.latest, caller, with_ranks=False)) for record in page.items
+            ],
             next_page_token=page.next_page_token,
         )
 
@@ -131,7 +133,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         asked = (owner, name, request.page_size, request.page_token)
         page = await self._run(self._adapters.list_versions, caller.tenant_id, *asked)
         return adapter_pb2.ListAdapterVersionsResponse(
-            versions=[self._write(version, caller) for version in page.items], next_page_token=page.next_page_token
+            versions=[self._write(version, caller, with_ranks=False) for version in page.items],
+            next_page_token=page.next_page_token,
         )
 
     async def DownloadAdapter(  # noqa: N802
@@ -220,8 +223,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             return _acting(PUBLIC_OWNER, caller), upload_id
         return caller.tenant_id, upload_id
 
-    def _write(self, version: AdapterVersion, caller: Caller) -> adapter_pb2.AdapterVersion:
-        return version_to(version, caller.tenant_id, self._whereabouts(version))
+    def _write(self, version: AdapterVersion, caller: Caller, *, with_ranks: bool = True) -> adapter_pb2.AdapterVersion:
+        return version_to(version, caller.tenant_id, self._whereabouts(version), with_ranks=with_ranks)
 
     def _part_to(self, part: DownloadPart, caller: Caller) -> adapter_pb2.DownloadAdapterResponse:
         if isinstance(part, AdapterVersion):

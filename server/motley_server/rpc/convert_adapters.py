@@ -70,8 +70,10 @@ def visibility_from(number: int) -> Visibility:
     return VISIBILITIES[number]
 
 
-def version_to(version: AdapterVersion, tenant_id: str, whereabouts: Whereabouts) -> adapter_pb2.AdapterVersion:
-    """Write a version as a tenant may see it."""
+def version_to(
+    version: AdapterVersion, tenant_id: str, whereabouts: Whereabouts, *, with_ranks: bool = True
+) -> adapter_pb2.AdapterVersion:
+    """Write a version as a tenant may see it; a page of them goes without ranks, which are hundreds each."""
     return adapter_pb2.AdapterVersion(
         name=version.name_for(tenant_id),
         version=version.version,
@@ -79,7 +81,7 @@ def version_to(version: AdapterVersion, tenant_id: str, whereabouts: Whereabouts
         kind=KIND_NUMBERS[version.kind],
         state=adapter_pb2.ADAPTER_STATE_DELETING if whereabouts.is_deleting else adapter_pb2.ADAPTER_STATE_READY,
         size_bytes=version.size_bytes,
-        ranks=version.ranks,
+        ranks=version.ranks if with_ranks else {},
         device_bytes=version.device_bytes,
         trained_on=version.trained_on,
         serves_on=version.serves_on,
