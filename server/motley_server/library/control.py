@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from motley_adapters.errors import AdapterError
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # torch comes with it
     from motley_server.library.intake import AdapterIntake
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,7 @@ class AdapterControl:
         except NotFoundError:
             return await self._run(delete)  # the repeat of a deletion that was done, or the same error
         async with self._holds.emptied(found, timeout_seconds, force=force):
-            deleted = await self._run(delete)
-        if deleted.is_pinned:
-            await self._let_go(deleted.digest)
-        return deleted
+            return await _to_its_end(self._delete(delete))
 
     async def pin(self, tenant_id: str, reference: AdapterReference) -> AdapterVersion:
         """Load a version of a tenant's own onto the device and keep it there, over restarts too.
@@ -108,8 +107,12 @@ class AdapterControl:
         Raises: NotFoundError; and what `AdapterIntake.introduce` and `EngineFront.keep` do.
         """
         version = await self._run(self._adapters.own, tenant_id, reference)
-        await self._keep(version)
-        return await self._run(self._pinning(tenant_id, version, is_pinned=True))
+        try:
+            await self._keep(version)
+            return await _to_its_end(self._run(self._pinning(tenant_id, version, is_pinned=True)))
+        except BaseException:
+            await _to_its_end(self._let_go(version.digest))
+            raise
 
     async def unpin(self, tenant_id: str, reference: AdapterReference) -> AdapterVersion:
         """Let a version be evicted again.
@@ -117,9 +120,7 @@ class AdapterControl:
         Raises: NotFoundError.
         """
         version = await self._run(self._adapters.own, tenant_id, reference)
-        unpinned = await self._run(self._pinning(tenant_id, version, is_pinned=False))
-        await self._let_go(version.digest)
-        return unpinned
+        return await _to_its_end(self._unpin(tenant_id, version))
 
     async def restore_pins(self) -> None:
         """Keep on the device what was pinned before the server started, as far as it fits now."""
@@ -155,6 +156,17 @@ class AdapterControl:
                     yield FileChunk(file.name, position, data)
                     position += len(data)
 
+    async def _delete(self, delete: Callable[[], AdapterVersion]) -> AdapterVersion:
+        deleted = await self._run(delete)
+        if deleted.is_pinned:
+            await self._let_go(deleted.digest)
+        return deleted
+
+    async def _unpin(self, tenant_id: str, version: AdapterVersion) -> AdapterVersion:
+        unpinned = await self._run(self._pinning(tenant_id, version, is_pinned=False))
+        await self._let_go(version.digest)
+        return unpinned
+
     async def _keep(self, version: AdapterVersion) -> None:
         with ExitStack() as held:
             self._hold(version, held)
@@ -175,6 +187,11 @@ class AdapterControl:
     def _pinning(self, tenant_id: str, version: AdapterVersion, *, is_pinned: bool) -> partial[AdapterVersion]:
         key = (version.owner, version.name, version.version)
         return partial(self._adapters.set_pinned, tenant_id, *key, is_pinned=is_pinned)
+
+
+async def _to_its_end(action: Coroutine[Any, Any, T]) -> T:
+    """Await what must not stop halfway, though whoever asked for it may be gone."""
+    return await asyncio.shield(asyncio.get_running_loop().create_task(action))
 
 
 def _check_offsets(version: AdapterVersion, offsets: Mapping[str, int]) -> None:
