@@ -16,7 +16,7 @@ LISTEN ?= 127.0.0.1:8470
 METRICS ?= 127.0.0.1:8471
 
 # The roots, for a machine where nothing is installed.
-ROOTS := server:adapters:kernels:bases:clients/python:protos
+ROOTS := server:trainer:adapters:kernels:bases:clients/python:protos
 
 # Generated code must import on the oldest runtime that pyproject.toml declares, so the generator is pinned there, in an environment of its own.
 PROTOS_VENV := .venv-protos

@@ -11,7 +11,8 @@ from motley_server.admission import Admission, AdmissionLimits
 from motley_server.asked import AskedAdapter, AskedGeneration, AskedSampling, Caller, TextPrompt
 from motley_server.quotas import Quotas
 from motley_server.registry.records import Quota
-from rpc_harness import CONTEXT, LeaseBook, LetterTokenizer, PaperLibrary, make_base
+from paper_library import LeaseBook, PaperLibrary
+from rpc_harness import CONTEXT, LetterTokenizer, make_base
 from scripted_engine import ScriptedEngine
 
 

@@ -11,7 +11,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from motley.v1 import adapter_pb2, inference_pb2, tenant_pb2
-from rpc_harness import Refusal, Shell, digest_of, eventually, read_refusal, serving, text_request
+from paper_library import digest_of
+from rpc_harness import Refusal, Shell, eventually, read_refusal, serving, text_request
 from sqlalchemy import event
 from upload_streams import paper_files, whole
 

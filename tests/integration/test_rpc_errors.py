@@ -14,7 +14,8 @@ from motley.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2, tenant
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError, CapacityError
 from motley_server import errors
 from motley_server.rpc.status import CODES, code_of, to_status
-from rpc_harness import CONTEXT, VOCABULARY, Refusal, Shell, digest_of, read_refusal, serving, text_request
+from paper_library import digest_of
+from rpc_harness import CONTEXT, VOCABULARY, Refusal, Shell, read_refusal, serving, text_request
 
 Code = grpc.StatusCode
 DETAIL_OF_CODE = {

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import pytest
 from motley.v1 import common_pb2, inference_pb2
-from rpc_harness import digest_of, eventually, read_refusal, serving, text_request
+from paper_library import digest_of
+from rpc_harness import eventually, read_refusal, serving, text_request
 from scripted_engine import greedy_letter
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

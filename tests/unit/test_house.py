@@ -114,11 +114,6 @@ def test_a_planted_violation_breaks_its_contract_and_no_other(copy: Path, tmp_pa
         target.parent.mkdir(parents=True, exist_ok=True)
         before = target.read_text() if target.exists() else ""
         target.write_text(f"{before}\n{line}\n")
-    if (tmp_path / TRAINER).exists():
-        settings = (tmp_path / "pyproject.toml").read_text()
-        (tmp_path / "pyproject.toml").write_text(
-            settings.replace('root_packages = ["motley_server"', 'root_packages = ["motley_trainer", "motley_server"')
-        )
     assert _broken_contracts(tmp_path) == {CONTRACTS[violation.contract]}
 
 
@@ -140,7 +135,7 @@ sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
 
 
 def _broken_contracts(tree: Path) -> set[str]:
-    roots = [str(tree / root) for root in [*ROOTS, "trainer"]]
+    roots = [str(tree / root) for root in ROOTS]
     result = subprocess.run(
         [str(Path(sys.executable).parent / "lint-imports"), "--no-cache", "--no-logo", "--config", "pyproject.toml"],
         cwd=tree,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from motley_server.registry.names import AdapterReference, parse_reference
-from rpc_harness import digest_of
+from paper_library import digest_of
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from motley_server.errors import (
     ResourceExhaustedError,
 )
 from motley_server.library.sets import AdapterSets
-from rpc_harness import CONTEXT, EOS, Facts, LetterTokenizer, count_overlaps, digest_of
+from paper_library import Facts, count_overlaps, digest_of
+from rpc_harness import CONTEXT, EOS, LetterTokenizer
 
 
 def test_adapters_are_sorted_by_digest_and_zero_weights_are_absent() -> None:

@@ -48,7 +48,15 @@ def test_the_wheel_has_every_file_of(wheel: set[str], folder: str, pattern: str)
 
 
 def test_the_wheel_has_nothing_else(wheel: set[str]) -> None:
-    tops = {"motley_server", "motley_adapters", "motley_kernels", "motley_bases", "motley_client", "motley"}
+    tops = {
+        "motley_server",
+        "motley_trainer",
+        "motley_adapters",
+        "motley_kernels",
+        "motley_bases",
+        "motley_client",
+        "motley",
+    }
     assert {path.split("/")[0] for path in wheel} == {*tops, f"motley-{PROJECT['version']}.dist-info"}
     assert not [path for path in wheel if "__pycache__" in path]
 
