@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,14 +90,21 @@ class MortalServer:
             time.sleep(0.0002)
         self.kill()
 
-    def names_in(self, place: str) -> set[str]:
-        """Return what lies in a place of the store: staging, bundles or trash."""
-        return set(os.listdir(self.adapters / place))
-
     def files_in(self, *places: str) -> dict[str, int]:
-        """Return the files in places of the store, and their sizes."""
-        found = (path for place in places for path in (self.adapters / place).rglob("*") if path.is_file())
-        return {str(path.relative_to(self.adapters)): path.stat().st_size for path in found}
+        """Return the files in places of the store, and their sizes; what goes meanwhile may be missing."""
+        sizes = {}
+        for folder, _, names in (step for place in places for step in os.walk(self.adapters / place)):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    sizes[str(Path(folder, name))] = Path(folder, name).stat().st_size
+        return sizes
+
+    async def until_nothing_is_left_but(self, directories: Iterable[Path]) -> None:
+        """Wait until the store has the files of these adapters, and no other byte."""
+        wanted = sorted(path.stat().st_size for directory in {*directories} for path in adapter_files(directory))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while sorted(self.files_in("staging", "bundles", "trash").values()) != wanted:
+                await asyncio.sleep(0.02)
 
     async def check(self, client: AsyncClient, *possible: Promised) -> Promised:
         """Return which of the possible cases holds, after every version of it was fetched and has answered."""
@@ -110,7 +117,8 @@ class MortalServer:
         return holding[0]
 
     async def _see(self, client: AsyncClient) -> tuple[object, ...]:
-        versions, aliases, shared, pinned = set(), {}, set(), set()
+        aliases: dict[tuple[str, str], int] = {}
+        versions, shared, pinned = set(), set(), set()
         async for adapter in client.list_adapters():
             aliases |= {(adapter.name, alias.name): alias.version for alias in adapter.aliases}
             if adapter.visibility is Visibility.PUBLIC:
@@ -148,7 +156,11 @@ def _as_seen(promised: Promised) -> tuple[object, ...]:
     return set(promised.versions), promised.aliases, set(promised.shared), set(promised.pinned)
 
 
+def adapter_files(directory: Path) -> list[Path]:
+    """Return the files of a directory that travel."""
+    return [path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")]
+
+
 def sha256s(directory: Path) -> dict[str, str]:
     """Return the checksums of an adapter's files."""
-    files: Iterable[Path] = (path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in adapter_files(directory)}

@@ -49,13 +49,13 @@ async def push(server: MortalServer, directory: Path, told: Callable[[UploadProg
         return await client.upload_adapter("mine", directory, progress=told)
 
 
-def finishing(server: MortalServer, push: asyncio.Task[AdapterVersion], before: Promised, after: Promised) -> Settle:
+def finishing(server: MortalServer, pushing: asyncio.Task[AdapterVersion], before: Promised, after: Promised) -> Settle:
     """Settle a push: it goes on by itself, and whatever it had brought before is not another version."""
-    is_acknowledged = push.done()
+    is_acknowledged = pushing.done()
 
     async def settle(client: AsyncClient) -> Promised:
         await server.check(client, *((after,) if is_acknowledged else (before, after)))
-        assert ("mine", (await push).version) == max(after.versions.keys() - before.versions.keys())
+        assert ("mine", (await pushing).version) == max(after.versions.keys() - before.versions.keys())
         return after
 
     return settle
@@ -89,15 +89,16 @@ async def kill_when_the_bundle_is_there(
 
 async def kill_while_aliases_move(server: MortalServer, client: AsyncClient, before: Promised, _: Path) -> Settle:
     case = asked = before
-    asyncio.get_running_loop().call_later(DRAW.uniform(0.1, 0.4), server.kill)
     targets = zip(count(), cycle(("stable", "next", "spare")), cycle((1, 4, 5, 1)))
     try:
         for place, alias, version in targets:
+            if place == 20:
+                asyncio.get_running_loop().call_later(DRAW.uniform(0, 0.02), server.kill)
             asked, move = case.with_alias("mine", alias, version), ("mine", alias, version)
             await client.set_alias(*move, request_id=f"move-{place}")
             case = asked
     except UnavailableError:
-        assert place > 3
+        assert place >= 20
 
     async def settle(client: AsyncClient) -> Promised:
         await server.check(client, case, asked)
@@ -144,6 +145,7 @@ async def kill_while_bytes_are_collected(
     for name in ("next", "spare", "stable"):
         await client.set_alias("mine", name, 5)
     promised = replace(before, aliases={key: 5 if key[0] == "mine" else 1 for key in before.aliases})
+    await server.until_nothing_is_left_but(promised.versions.values())
     bundles = set(server.files_in("bundles"))
     killing = asyncio.to_thread(server.kill_when, lambda: bool(bundles - server.files_in("bundles").keys()))
     deleting = asyncio.create_task(client.delete_adapter_version("mine", 4))
@@ -183,11 +185,7 @@ def test_what_was_promised_is_whole_after_each_of_five_kills_and_no_other_byte_s
             await client.unpin_adapter("mine@1")
             await client.delete_adapter_version("mine", 1)  # its bytes are the twin's too
             await server.check(client, promised.without(("mine", 1)))
-            live = [path for directory in (adapters[0], adapters[4]) for path in directory.iterdir()]
-            sizes = sorted(path.stat().st_size for path in live if path.suffix != ".md")
-            async with asyncio.timeout(10):
-                while sorted(server.files_in("staging", "bundles", "trash").values()) != sizes:
-                    await asyncio.sleep(0.05)
+            await server.until_nothing_is_left_but([adapters[0], adapters[4]])
             await server.check(client, promised.without(("mine", 1)))
 
     asyncio.run(scenario())
