@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Barrier, Thread
 
 from motley_server.errors import MotleyError
@@ -42,6 +43,11 @@ def content_of(
 def publish(adapters: Adapters, owner: str, name: str, letter: str = "a", *aliases: str) -> AdapterVersion:
     """Publish without a quota, under the default alias unless others are named."""
     return adapters.publish(owner, name, content_of(letter), aliases or ("default",), quota=NO_LIMITS)
+
+
+def as_listed(version: AdapterVersion) -> AdapterVersion:
+    """Return a version as pages have it."""
+    return replace(version, ranks={}, files=())
 
 
 def meaning(adapters: Adapters, tenant_id: str, text: str) -> int | None:

@@ -76,14 +76,18 @@ EMPTY = ["bundles", "lock", "staging", "trash"]
 
 def main(root: Path) -> None:
     store = BundleStore(root)
+    kept: set[str] = set()
     for number in count():
         upload_id, adapter = f"up-{number}", Adapter(f"{root.name}-{number}-", 300_000)
         print("begins", upload_id, adapter.digest, flush=True)
         print("has", upload(store, upload_id, adapter, chunk=65_536), flush=True)
+        kept.add(adapter.digest)
         if number % 3 == 2:
             print("removes", adapter.digest, flush=True)
+            kept.remove(adapter.digest)
             store.abort(upload_id)
-            store.remove(adapter.digest)
+            for _ in range(2):  # the first spares what came since the one before it
+                store.collect(kept, set())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, NoReturn
 
 import grpc
@@ -24,8 +25,8 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
     Semantics: each upload or download takes the first of `cuts`, if there is one, and ends with UNAVAILABLE, without a
     word, once it has carried more bytes of chunks than that; None lets one through. Every byte that came is committed,
     but `forgets_bytes` takes that many back from every file at a cut. `streams` has the chunks of each upload's stream
-    as (file, offset, size). `damages` flips the first byte of every downloaded file; `stranger` names another file that
-    downloads bring.
+    as (file, offset, size); several may bring one upload, and what is the newest version already is not taken again.
+    `damages` flips the first byte of every downloaded file; `stranger` names another file that downloads bring.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
         self.forgets_bytes = 0
         self.damages = False
         self.stranger = ""
+        self._uploading = Lock()
 
     def UploadAdapter(
         self, request_iterator: Iterator[adapter_pb2.UploadAdapterRequest], context: Any
@@ -49,27 +51,55 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
         self.enter("UploadAdapter", header, context)
         stream: list[tuple[str, int, int]] = []
         self.streams.append(stream)
-        if header.upload_id in self.finished:
-            return adapter_pb2.UploadAdapterResponse(version=self.finished[header.upload_id])
+        number = len(self.streams)
+        if (made := self._made(header)) is not None:
+            return adapter_pb2.UploadAdapterResponse(version=made)
         left = self.cuts.pop(0) if self.cuts else None
-        kept = self.uploads.setdefault(header.upload_id, {file.name: bytearray() for file in header.files})
+        self.uploads.setdefault(header.upload_id, {file.name: bytearray() for file in header.files})
         for message in request_iterator:
-            if message.HasField("finish"):
-                return adapter_pb2.UploadAdapterResponse(version=self.finish(header, kept, context))
-            chunk = message.chunk
-            if left is not None and len(chunk.data) > left:
-                self._cut(kept, chunk, left, context)
-            left = None if left is None else left - len(chunk.data)
-            self.append(kept, chunk, context)
-            stream.append((chunk.file, chunk.offset, len(chunk.data)))
+            self.before(number, header.upload_id, message)
+            with self._uploading:
+                if header.upload_id not in self.uploads:
+                    self.abort(context, refusal(grpc.StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND", "upload_id"))
+                kept = self.uploads[header.upload_id]
+                if message.HasField("finish"):
+                    return adapter_pb2.UploadAdapterResponse(version=self.finish(header, kept, context))
+                chunk = message.chunk
+                if left is not None and len(chunk.data) > left:
+                    self._cut(kept, chunk, left, context)
+                left = None if left is None else left - len(chunk.data)
+                self.append(kept, chunk, context)
+                stream.append((chunk.file, chunk.offset, len(chunk.data)))
         raise AssertionError("the stream ended without a finish")
+
+    def before(self, stream: int, upload_id: str, message: adapter_pb2.UploadAdapterRequest) -> None:
+        """Do what a test wants to happen before a chunk or a finish of the n-th stream is taken."""
+
+    def _made(self, header: adapter_pb2.UploadHeader) -> adapter_pb2.AdapterVersion | None:
+        """Return what an upload became before, or the newest version if that is what it would bring."""
+        if header.upload_id in self.finished or not self.versions.get(header.adapter_name):
+            return self.finished.get(header.upload_id)
+        newest = self.versions[header.adapter_name][-1]
+        kept = self.files[newest.name, newest.version]
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
+        if dict(newest.labels) != dict(header.labels) or hashes != {file.name: file.sha256 for file in header.files}:
+            return None
+        return self._name(header, newest)
+
+    def _name(
+        self, header: adapter_pb2.UploadHeader, version: adapter_pb2.AdapterVersion
+    ) -> adapter_pb2.AdapterVersion:
+        for alias in header.aliases or ["default"]:
+            self.point(header.adapter_name, alias, version.version)
+        self.finished[header.upload_id] = version
+        return version
 
     def append(self, kept: dict[str, bytearray], chunk: adapter_pb2.UploadChunk, context: Any) -> None:
         """Keep a chunk."""
         assert len(chunk.data) <= 1 << 20
         if chunk.offset > len(kept[chunk.file]):
             self.abort(context, refusal(grpc.StatusCode.OUT_OF_RANGE, "UPLOAD_OFFSET", "offset"))
-        kept[chunk.file][chunk.offset :] = chunk.data
+        kept[chunk.file][chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
 
     def _cut(self, kept: dict[str, bytearray], chunk: adapter_pb2.UploadChunk, left: int, context: Any) -> NoReturn:
         kept[chunk.file] += chunk.data[:left]
@@ -88,11 +118,8 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
         version = self.add(
             header.adapter_name, {name: bytes(data) for name, data in kept.items()}, dict(header.labels), header.kind
         )
-        for alias in header.aliases or ["default"]:
-            self.point(header.adapter_name, alias, version.version)
         del self.uploads[header.upload_id]
-        self.finished[header.upload_id] = version
-        return version
+        return self._name(header, version)
 
     def add(
         self, name: str, files: dict[str, bytes], labels: dict[str, str] | None = None, kind: Any = 0
@@ -125,6 +152,8 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
         """Point an alias at a version."""
         aliases = self.aliases.setdefault(name, {})
         before = aliases.get(alias, adapter_pb2.Alias(etag="etag-0"))
+        if before.version == version:
+            return before
         etag = f"etag-{int(before.etag.removeprefix('etag-')) + 1}"
         aliases[alias] = adapter_pb2.Alias(name=alias, version=version, previous_version=before.version, etag=etag)
         return aliases[alias]
@@ -148,7 +177,7 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
             owner=OWNER,
             name=name,
             aliases=[alias for _, alias in sorted(self.aliases.get(name, {}).items())],
-            latest=self.versions[name][-1] if self.versions[name] else None,
+            latest=self.versions[name][-1] if self.versions.get(name) else None,
             visibility=visibility,
             shared_with=tenants,
         )
@@ -183,7 +212,11 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
         def act() -> adapter_pb2.ListAdaptersResponse:
             wanted = dict(term.split("=") for term in request.filter.split())
             names, token = page([name for name in sorted(self.versions) if wanted.get("name", name) == name], request)
-            return adapter_pb2.ListAdaptersResponse(adapters=map(self._adapter, names), next_page_token=token)
+            adapters = [self._adapter(name) for name in names]
+            for one in adapters:
+                if one.HasField("latest"):
+                    one.latest.ranks.clear()
+            return adapter_pb2.ListAdaptersResponse(adapters=adapters, next_page_token=token)
 
         return self.do("ListAdapters", request, context, act)
 
@@ -195,8 +228,12 @@ class FakeAdapterService(FakeService, AdapterServiceServicer):
                 self._not_found(context)
             versions = {str(one.version): one for one in reversed(self.versions[request.name])}
             numbers, token = page(list(versions), request)
-            found = [versions[number] for number in numbers]
-            return adapter_pb2.ListAdapterVersionsResponse(versions=found, next_page_token=token)
+            response = adapter_pb2.ListAdapterVersionsResponse(
+                versions=[versions[number] for number in numbers], next_page_token=token
+            )
+            for one in response.versions:
+                one.ranks.clear()
+            return response
 
         return self.do("ListAdapterVersions", request, context, act)
 

@@ -15,8 +15,9 @@ from motley_server.library.control import AdapterControl
 from motley_server.library.holds import Holds, key_of
 from motley_server.library.housekeeping import Housekeeping
 from motley_server.library.observer import LibraryObserver
+from motley_server.library.publishing import AdapterRegistry, Publishing, content_of
 from motley_server.library.sets import AdapterSets
-from motley_server.library.uploads import AdapterRegistry, UploadDesk, content_of
+from motley_server.library.uploads import UploadDesk
 from motley_server.library.whereabouts import Whereabouts
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.bundle_files import BundleFile
@@ -132,12 +133,12 @@ class PaperLibrary:
         self.holds = Holds()
         intake: Any = self.intake
         self.sets = AdapterSets(database, self.registry.adapters, self.holds, intake, count_overlaps)
-        self.desk = UploadDesk(self.registry, intake, observer)
-        self.control = AdapterControl(self.registry, self.holds, intake, engine)
+        self.desk = UploadDesk(self.registry, Publishing(self.registry, intake, self.holds), observer)
         collector = Collector(self.registry.store, self.registry.adapters, self.registry.uploads, database.now)
         self.housekeeping = Housekeeping(
             self.registry, collector, self.holds, self.desk, intake, engine.forget, observer
         )
+        self.control = AdapterControl(self.registry, self.holds, intake, engine, self.housekeeping.hurry)
         self._engine = engine
         self.intake.facts.update((facts.digest, facts) for _, _, facts in catalog())
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from adapter_registry import meaning
+from adapter_registry import as_listed, meaning
 from bundle_uploads import Adapter, bundles_in, paths_in
 from dying_registry import DIED, KILLED, DyingDatabase, DyingDisk, in_a_child
 from motley_server.errors import NotFoundError
@@ -165,8 +165,10 @@ def is_on_record(house: House, upload_id: str) -> bool:
 def check_whole(house: House) -> None:
     """See that every version is there with each of its bytes."""
     for record in house.adapters.list("acme").items:
-        for version in house.adapters.list_versions("acme", "acme", record.name).items:
-            assert house.adapters.resolve("acme", parse_reference(f"{version.name}@{version.version}")) == version
+        for listed in house.adapters.list_versions("acme", "acme", record.name).items:
+            version = house.adapters.resolve("acme", parse_reference(f"{listed.name}@{listed.version}"))
+            assert version is not None
+            assert as_listed(version) == listed
             names = {path.name for path in house.store.directory(version.bundle).iterdir()}
             assert names == {file.name for file in version.files}
     assert house.adapters.live_bundles() <= bundles_in(house.root / STORE)  # which hashes them

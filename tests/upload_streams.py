@@ -48,6 +48,8 @@ def chunk_of(file: str, offset: int, data: bytes) -> adapter_pb2.UploadAdapterRe
 FINISH = adapter_pb2.UploadAdapterRequest(finish=adapter_pb2.UploadFinish())
 
 
-def whole(files: Mapping[str, bytes], **fields: object) -> Iterable[adapter_pb2.UploadAdapterRequest]:
-    """Return the stream of a whole upload."""
-    return [header_of(files, **fields), *chunks_of(files), FINISH]  # type: ignore[arg-type]
+def whole(
+    files: Mapping[str, bytes], size_bytes: int = KIB, **fields: object
+) -> Iterable[adapter_pb2.UploadAdapterRequest]:
+    """Return the stream of a whole upload, in chunks of a size."""
+    return [header_of(files, **fields), *chunks_of(files, size_bytes=size_bytes), FINISH]  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ class AdapterDirectories:
         self._residuals = residuals
         self._lock = threading.Lock()
         self._directories: dict[str, list[Path]] = {}  # of each digest, the last remembered at the end
+        self._digests: dict[Path, set[str]] = {}  # the same, from the other side
 
     def read(self, directory: Path) -> Adapter:
         """Read a directory, and remember it as a place of what it holds.
@@ -37,14 +38,12 @@ class AdapterDirectories:
         return adapter
 
     def inspect(self, directory: Path) -> Inspection:
-        """Check a directory without keeping its tensors, and remember it as a place of what it holds.
+        """Check a directory without keeping its tensors, and remember nothing of it.
 
         Semantics: for directories that nobody else writes to (see `inspect_adapter`).
         Raises: AdapterFormatError, AdapterMismatchError.
         """
-        inspection = inspect_adapter(directory, self._base, base_tensor=self._base_tensor, residuals=self._residuals)
-        self.remember(inspection.spec.digest, directory)
-        return inspection
+        return inspect_adapter(directory, self._base, base_tensor=self._base_tensor, residuals=self._residuals)
 
     def remember(self, digest: str, directory: Path) -> None:
         """Remember a directory as a place of a digest, and the first to look at; nothing is read."""
@@ -53,17 +52,18 @@ class AdapterDirectories:
             if directory in directories:
                 directories.remove(directory)
             directories.append(directory)
+            self._digests.setdefault(directory, set()).add(digest)
 
     def forget(self, directory: Path) -> frozenset[str]:
         """Forget a directory, and return the digests that have no place any more."""
         with self._lock:
-            for directories in self._directories.values():
-                if directory in directories:
-                    directories.remove(directory)
-            homeless = frozenset(digest for digest, directories in self._directories.items() if not directories)
-            for digest in homeless:
-                del self._directories[digest]
-            return homeless
+            homeless = set()
+            for digest in self._digests.pop(directory, ()):
+                self._directories[digest].remove(directory)
+                if not self._directories[digest]:
+                    del self._directories[digest]
+                    homeless.add(digest)
+            return frozenset(homeless)
 
     def load(self, digest: str) -> Adapter:
         """Read what lies now where this digest was found, the place remembered last first.

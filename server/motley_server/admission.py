@@ -153,6 +153,16 @@ class Admission:
             yield
             place.use(0)
 
+    def count(self, caller: Caller) -> None:
+        """Count a call that does not go to the engine as a request in this minute, but as none in flight.
+
+        Raises: UnavailableError, ResourceExhaustedError (reason=QUOTA_REQUESTS_PER_MINUTE).
+        """
+        self.check_open()
+        quota = replace(caller.quota, requests_in_flight=None)
+        with self._quotas.admit(caller.tenant_id, quota, num_tokens=0) as place:
+            place.use(0)
+
     async def tokenize(self, prompt: Prompt | None) -> tuple[int, ...]:
         """Return the ids of a prompt, special tokens included.
 

@@ -164,7 +164,9 @@ def test_show_and_list_print_json_with_exactly_these_keys() -> None:
     assert shown.keys() == {"adapter", "version", "versions"}
     assert shown["version"].keys() == VERSION_KEYS
     assert [one["version"] for one in shown["versions"]] == [2, 1]
-    assert shown["versions"][1] == shown["version"]
+    assert shown["version"].pop("ranks") == {"layers.0.q_proj": 8, "layers.1.q_proj": 8, "layers.0.k_proj": 4}
+    assert shown["versions"][1] == shown["version"], "lists do not tell ranks"
+    assert shown["adapter"]["latest"].pop("ranks")
     assert shown["adapter"] == {
         "owner": "acme",
         "name": "legal",

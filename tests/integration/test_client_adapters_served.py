@@ -93,6 +93,49 @@ def test_pushes_of_the_same_content_are_one_version_until_another_came_between(a
     asyncio.run(run())
 
 
+def test_a_push_after_a_rollback_or_a_removal_does_what_it_says_again(ask: Ask, folder: Path) -> None:
+    async def run() -> None:
+        async with serving() as shell:
+            address = f"127.0.0.1:{shell.port}"
+            for kind in ("lora", "s2ft"):
+                (folder / "adapter_config.json").write_text(kind)
+                made = await ask(address, "upload_adapter", "legal", folder)
+            for call in ("rollback_alias", "rollback_alias", "get_adapter"):
+                await ask(address, call, "legal")
+                assert (await ask(address, "upload_adapter", "legal", folder)).version == made.version == 2
+                assert (await ask(address, "get_adapter", "legal")).version.version == 2
+            for _ in range(3):
+                assert (await ask(address, "upload_adapter", "legal", folder, aliases=["prod"])).version == 2
+                assert (await ask(address, "get_adapter", "legal@prod")).version.version == 2
+                await ask(address, "remove_alias", "legal", "prod")
+
+    asyncio.run(run())
+
+
+def test_a_push_after_a_deletion_is_a_version_again(ask: Ask, folder: Path) -> None:
+    async def run() -> None:
+        async with serving() as shell:
+            address = f"127.0.0.1:{shell.port}"
+            for number in (1, 2, 3):
+                assert (await ask(address, "upload_adapter", "legal", folder)).version == number
+                assert (await ask(address, "get_adapter", "legal")).version.version == number
+                await ask(address, "remove_alias", "legal", "default")
+                await ask(address, "delete_adapter_version", "legal", number)
+
+    asyncio.run(run())
+
+
+def test_pushes_of_the_same_at_once_are_one_version(ask: Ask, folder: Path) -> None:
+    async def run() -> None:
+        async with serving() as shell:
+            address = f"127.0.0.1:{shell.port}"
+            pushes = (ask(address, "upload_adapter", "legal", folder) for _ in range(4))
+            assert {made.version for made in await asyncio.gather(*pushes)} == {1}
+            assert (await ask(address, "get_adapter", "legal")).version.version == 1
+
+    asyncio.run(run())
+
+
 def test_what_the_server_refuses_is_raised_and_leaves_no_upload(ask: Ask, folder: Path) -> None:
     async def run() -> None:
         async with serving() as shell:

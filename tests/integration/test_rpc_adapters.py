@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable
 from typing import Any
 
@@ -251,6 +252,122 @@ def test_a_forced_deletion_ends_the_requests_that_hold_the_version_and_no_others
     asyncio.run(scenario())
 
 
+def test_no_alias_comes_to_point_at_a_version_that_is_going() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            await push(shell, 1)
+            await push(shell, 2)
+            shell.engine.may_step.clear()
+            running = asyncio.ensure_future(served(shell, "mine@1"))
+            await eventually(lambda: len(shell.engine.submitted) == 1)
+            deleting = asyncio.ensure_future(_answer(shell.adapters.DeleteAdapterVersion(delete())))
+            await eventually(lambda: shell.library.holds.is_deleting(("local", "mine", 1)))
+            rollback = shell.adapters.RollbackAlias(pb.RollbackAliasRequest(name="mine", alias="default"))
+            refusal = await refused(rollback)
+            assert (refusal.code, refusal.reason) == (Code.FAILED_PRECONDITION, "VERSION_NOT_READY")
+            shell.engine.may_step.set()
+            await running
+            await deleting
+            assert await served(shell, "mine") == ("mine", 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_forced_deletion_waits_for_no_reader_that_stopped_reading() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            stream = whole(paper_files(12 << 20, seed=1), size_bytes=1 << 20)
+            await shell.adapters.UploadAdapter(iter(stream))
+            await push(shell, 2)
+            download = shell.adapters.DownloadAdapter(pb.DownloadAdapterRequest(name="mine@1"))
+            await download.read()
+            await eventually(lambda: bool(shell.library.holds.bundles()))
+            async with asyncio.timeout(5):
+                await shell.adapters.DeleteAdapterVersion(delete(wait=0, force=True))
+            refusal = await refused(_read_all(download))
+            assert (refusal.code, refusal.reason) == (Code.ABORTED, "ADAPTER_DELETED")
+
+    asyncio.run(scenario())
+
+
+def test_a_forced_deletion_ends_a_pin_that_waits() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            await push(shell, 1)
+            await push(shell, 2)
+            shell.engine.may_keep.clear()
+            pinning = asyncio.ensure_future(_answer(shell.adapters.PinAdapter(pb.PinAdapterRequest(name="mine@1"))))
+            await eventually(lambda: bool(shell.library.holds.bundles()))
+            async with asyncio.timeout(5):
+                await shell.adapters.DeleteAdapterVersion(delete(wait=0, force=True))
+            refusal = await refused(pinning)
+            assert (refusal.code, refusal.reason) == (Code.ABORTED, "ADAPTER_DELETED")
+            assert shell.engine.kept == []
+
+    asyncio.run(scenario())
+
+
+def test_calls_about_adapters_count_against_the_requests_of_a_minute() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            key = await key_of(shell, "acme")
+            quota = tenant_pb2.Quota(requests_per_minute=3, requests_in_flight=0)
+            await shell.tenants.UpdateTenant(tenant_pb2.UpdateTenantRequest(id="acme", quota=quota))
+            for _ in range(3):
+                await shell.adapters.ListAdapters(pb.ListAdaptersRequest(), metadata=key)
+            refusal = await refused(shell.adapters.ListAdapters(pb.ListAdaptersRequest(), metadata=key))
+            assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "QUOTA_REQUESTS_PER_MINUTE")
+            assert "RetryInfo" in refusal.details
+
+    asyncio.run(scenario())
+
+
+def test_a_reader_that_leaves_in_mid_download_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            stream = whole(paper_files(12 << 20, seed=1), size_bytes=1 << 20)
+            await shell.adapters.UploadAdapter(iter(stream))
+            for _ in range(5):
+                download = shell.adapters.DownloadAdapter(pb.DownloadAdapterRequest(name="mine"))
+                await download.read()
+                download.cancel()
+            await eventually(lambda: not shell.library.holds.bundles())
+            method = "/motley.v1.AdapterService/DownloadAdapter"
+            assert shell.count("motley_grpc_server_handled_total", method=method, code="INTERNAL") == 0
+
+    with caplog.at_level("ERROR"):
+        asyncio.run(scenario())
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_each_change_is_one_line_in_the_audit_with_its_version_and_digest(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            for version in (1, 2):
+                await shell.adapters.SetAlias(pb.SetAliasRequest(name="zeta", alias="prod", version=version))
+            await shell.adapters.RollbackAlias(pb.RollbackAliasRequest(name="zeta", alias="prod"))
+            await shell.tenants.CreateTenant(tenant_pb2.CreateTenantRequest(id="acme"))
+            with_acme = pb.ShareAdapterRequest(name="zeta", visibility=pb.VISIBILITY_TENANTS, tenants=["acme"])
+            await shell.adapters.ShareAdapter(with_acme)
+            await shell.adapters.SetAlias(pb.SetAliasRequest(name="zeta", alias="prod", version=0))
+            await shell.adapters.DeleteAdapterVersion(pb.DeleteAdapterVersionRequest(name="zeta", version=1))
+
+    with caplog.at_level("INFO", "motley.audit"):
+        asyncio.run(scenario())
+    lines = [json.loads(one.message) for one in caplog.records if one.name == "motley.audit"]
+    told = [(one["method"].rpartition("/")[2], one["object"]) for one in lines if "AdapterService" in one["method"]]
+    first, second = ({"version": number, "digest": digest_of(str(number))} for number in (1, 2))
+    alias = {"name": "zeta", "alias": "prod"}
+    assert told == [
+        ("SetAlias", alias | first),
+        ("SetAlias", alias | second),
+        ("RollbackAlias", alias | first),
+        ("ShareAdapter", {"name": "zeta", "visibility": "VISIBILITY_TENANTS", "tenants": "acme"}),
+        ("SetAlias", alias),
+        ("DeleteAdapterVersion", {"name": "zeta"} | first),
+    ]
+
+
 @pytest.mark.parametrize("seconds", [-1, 86401])
 def test_nobody_waits_for_less_than_nothing_or_for_ever(seconds: int) -> None:
     async def scenario() -> None:
@@ -348,3 +465,8 @@ def test_nothing_is_changed_or_told_while_the_server_drains() -> None:
 
 async def _answer(call: Awaitable[Any]) -> Any:
     return await call
+
+
+async def _read_all(download: Any) -> None:
+    while await download.read() is not grpc.aio.EOF:
+        continue

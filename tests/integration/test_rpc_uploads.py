@@ -16,6 +16,7 @@ from rpc_harness import Refusal, Shell, eventually, read_refusal, serving
 from upload_streams import FINISH, KIB, chunk_of, chunks_of, header_of, paper_files, whole
 
 Code = grpc.StatusCode
+pb = adapter_pb2
 Request = adapter_pb2.UploadAdapterRequest
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -174,24 +175,83 @@ def test_an_upload_id_means_something_to_its_tenant_alone() -> None:
     asyncio.run(scenario())
 
 
-def test_the_newest_stream_of_an_upload_takes_over_from_a_dead_one() -> None:
+def test_several_streams_may_bring_one_upload_and_all_are_answered_with_what_it_became() -> None:
     async def scenario() -> None:
         async with serving() as shell:
             files, gate = paper_files(), asyncio.Event()
             chunks = chunks_of(files)
 
-            async def dead() -> AsyncIterator[Request]:
+            async def slow() -> AsyncIterator[Request]:
                 yield header_of(files)
                 yield chunks[0]
                 await gate.wait()
-                yield chunks[1]
+                for chunk in chunks[1:]:
+                    yield chunk
+                yield FINISH
 
-            call = shell.adapters.UploadAdapter(dead())
+            call = shell.adapters.UploadAdapter(slow())
             await eventually(lambda: bool(shell.library.desk.active))
-            assert (await upload(shell, whole(files))).version == 1
+            together = await asyncio.gather(*(upload(shell, whole(files)) for _ in range(3)), return_exceptions=True)
+            made = [one for one in together if isinstance(one, pb.AdapterVersion)]
+            late = [read_refusal(one) for one in together if isinstance(one, grpc.aio.AioRpcError)]
+            assert made
+            assert {one.version for one in made} == {1}
             gate.set()
-            refusal = await refused(call)
-            assert (refusal.code, refusal.reason) == (Code.ABORTED, "UPLOAD_TAKEN_OVER")
+            late.append(await refused(call))
+            assert {(one.code, one.reason) for one in late} == {(Code.NOT_FOUND, "UPLOAD_NOT_FOUND")}
+            assert await upload(shell, [header_of(files)]) == made[0]
+
+    asyncio.run(scenario())
+
+
+def test_an_upload_is_one_header_and_another_under_its_id_is_refused() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            files = paper_files()
+            await refused(upload(shell, [header_of(files), chunks_of(files)[0]]))
+            for other in (
+                header_of(files, name="other"),
+                header_of(files, labels={"a": "b"}),
+                header_of(files, aliases=["prod"]),
+                header_of(paper_files(seed=3)),
+            ):
+                refusal = await refused(upload(shell, [other, *chunks_of(files), FINISH]))
+                assert (refusal.code, refusal.reason) == (Code.ALREADY_EXISTS, "UPLOAD_EXISTS")
+            assert (await upload(shell, whole(files))).name == "mine"
+
+    asyncio.run(scenario())
+
+
+def test_a_push_after_the_version_was_backed_out_of_makes_a_new_one() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            await upload(shell, whole(paper_files(), upload_id="a"))
+            await upload(shell, whole(paper_files(seed=1), upload_id="b"))
+            await shell.adapters.RollbackAlias(pb.RollbackAliasRequest(name="mine", alias="default"))
+            await shell.adapters.DeleteAdapterVersion(pb.DeleteAdapterVersionRequest(name="mine", version=2))
+            again = await upload(shell, whole(paper_files(seed=1), upload_id="b"))
+            got = await shell.adapters.GetAdapter(pb.GetAdapterRequest(name="mine"))
+            assert (again.version, got.version.version) == (3, 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_tenant_that_is_made_again_under_its_old_name_begins_anew() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            files = paper_files()
+            key = await key_of(shell, "acme")
+            await upload(shell, whole(files), metadata=key)
+            remove = pb.SetAliasRequest(name="mine", alias="default", version=0)
+            await shell.adapters.SetAlias(remove, metadata=key)
+            delete = pb.DeleteAdapterVersionRequest(name="mine", version=1)
+            await shell.adapters.DeleteAdapterVersion(delete, metadata=key)
+            await shell.tenants.DeleteTenant(tenant_pb2.DeleteTenantRequest(id="acme"))
+            key = await key_of(shell, "acme")
+            made = await upload(shell, whole(files, upload_id="anew"), metadata=key)
+            assert (made.state, made.version) == (pb.ADAPTER_STATE_READY, 2)
+            got = await shell.adapters.GetAdapter(pb.GetAdapterRequest(name="mine"), metadata=key)
+            assert got.version == made
 
     asyncio.run(scenario())
 

@@ -113,6 +113,13 @@ def test_lists_go_through_every_page_in_order(ask: Ask, fake: FakeAdapterService
     ]
 
 
+def test_lists_do_not_tell_ranks_and_an_adapter_may_have_none(ask: Ask, fake: FakeAdapterService, address: str) -> None:
+    assert ask(address, "list_adapters")[0].latest.ranks is None
+    assert ask(address, "list_adapter_versions", "legal")[0].ranks is None
+    fake.versions["legal"][0].ranks.clear()
+    assert ask(address, "get_adapter", "legal").version.ranks == {}
+
+
 def test_a_page_is_fetched_when_the_iteration_gets_there(fake: FakeAdapterService, address: str) -> None:
     with Client(address) as client:
         adapters = client.list_adapters()

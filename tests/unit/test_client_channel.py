@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 
+import grpc
 import pytest
 from certificates import make_certificates
 from motley.v1 import adapter_pb2, inference_pb2, server_pb2, tenant_pb2
@@ -58,6 +61,24 @@ def test_a_key_travels_as_a_bearer_and_stays_out_of_the_repr() -> None:
     assert endpoint.metadata == (("authorization", "Bearer mk_id_secret"),)
     assert Endpoint("localhost:1").metadata == ()
     assert "secret" not in repr(endpoint)
+
+
+def test_a_server_that_is_away_is_looked_for_again_soon() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with grpc.insecure_channel(address, options_of(Endpoint(address))) as channel:
+            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                "/motley.v1.ServerService/GetServerInfo"
+            )
+            waiting = call.future(b"", timeout=10, wait_for_ready=True)
+            times = []
+            for _ in range(3):
+                listener.accept()[0].close()
+                times.append(time.monotonic())
+            waiting.cancel()
+
+    assert times[2] - times[0] < 1.5, "gRPC's own pauses are a second, and then more"
 
 
 def test_what_is_tried_again_changes_nothing_or_has_a_request_id() -> None:

@@ -346,7 +346,7 @@ def test_a_large_file_is_never_in_memory_whole(tmp_path: Path) -> None:
     with serving_adapters(Sink()) as address, Client(address) as client:
         tracemalloc.start()
         try:
-            client.upload_adapter("legal", tmp_path)
+            client.upload_adapter("legal", tmp_path, upload_id="mine")
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

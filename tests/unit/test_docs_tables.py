@@ -164,3 +164,31 @@ def test_what_a_step_costs_is_that_of_the_result_file() -> None:
         f"{plain['bound_ms']:.1f}",
         f"{mixed['growth_per_byte_over_lora']:.2f}",
     )
+
+
+def test_what_neighbours_take_is_that_of_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    settings = json.loads((root / "benchmarks" / "results" / "fairness.json").read_text())["settings"]
+    rows = re.findall(r"^\| .+ \| (\d+)% \| (\d+) ms \| ([\d.]+) \|$", read("tenants.md"), re.MULTILINE)
+    assert rows == [
+        (
+            f"{one['answer_share'] * 100:.0f}",
+            f"{one['first_token_p99_ms']:.0f}",
+            f"{one['p99_over_equal']:.2f}",
+        )
+        for one in settings.values()
+    ]
+    loud = settings["beside ten times"]
+    assert (loud["answer_share"] >= 0.45, loud["p99_over_equal"] <= 1.5) == (True, True)
+
+
+def test_what_an_upload_costs_is_that_of_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "upload.json").read_text())
+    said = re.search(
+        r"a file of (\d+) MB .* takes ([\d.]+) times .*\n.* server is ([\d.]+) of that, .* number ([\d.]+)\.",
+        read("adapters.md"),
+    )
+    assert said is not None
+    ratios = [found["measured"][name]["over_write_and_hash"] for name in ("upload", "bytes travel", "server checks")]
+    assert said.groups() == (f"{found['file_bytes'] / 1e6:.0f}", *(f"{ratio:.1f}" for ratio in ratios))

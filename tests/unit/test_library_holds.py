@@ -6,8 +6,9 @@ import asyncio
 from datetime import UTC, datetime
 
 import pytest
-from motley_server.errors import AbortedError, DeadlineExceededError, MotleyError
-from motley_server.library.holds import Hold, Holds, key_of
+from motley_server.errors import AbortedError, DeadlineExceededError, FailedPreconditionError, MotleyError
+from motley_server.library import holds as holds_module
+from motley_server.library.holds import Check, Hold, Holds, key_of
 from motley_server.registry.records import AdapterVersion
 
 A_WHILE = 0.02  # seconds
@@ -26,8 +27,14 @@ def hold(holds: Holds, number: int = 1) -> Hold:
     return made
 
 
-async def delete(holds: Holds, seconds: float = 5.0, *, force: bool = False, fails: bool = False) -> None:
-    async with holds.emptied(version(), seconds, force=force):
+async def fine() -> None:
+    """Find nothing wrong."""
+
+
+async def delete(
+    holds: Holds, seconds: float = 5.0, *, force: bool = False, fails: bool = False, check: Check = fine
+) -> None:
+    async with holds.emptied(version(), seconds, check, force=force):
         if fails:
             raise RuntimeError("the database was away")
 
@@ -46,7 +53,6 @@ def test_a_deletion_waits_for_the_last_of_its_holders_and_for_nobody_else() -> N
         second.release()
         await asyncio.wait_for(deleting, 1)
         assert holds.bundles() == {version(2).bundle}
-        assert holds.hold(version()) is None, "a version that was deleted was held again"
         assert holds.hold(version(owner="zeta")) is not None
         other.release()
 
@@ -87,6 +93,42 @@ def test_force_revokes_those_who_hold_it_until_all_have_let_go() -> None:
         assert not deleting.done()
         deaf.release()
         await asyncio.wait_for(deleting, 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_alias_that_is_pointed_at_the_version_ends_the_waiting_and_nobody_is_revoked(
+    force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds_module, "LOOK_AGAIN_SECONDS", A_WHILE)
+
+    async def pointed_at() -> None:
+        raise FailedPreconditionError("prod points at it", reason="VERSION_HAS_ALIAS")
+
+    async def scenario() -> None:
+        holds = Holds()
+        held = hold(holds)
+        told: list[MotleyError] = []
+        held.on_revoked = told.append
+        with pytest.raises(FailedPreconditionError):
+            await asyncio.wait_for(delete(holds, 0.0 if force else 60.0, force=force, check=pointed_at), 1)
+        assert told == []
+        assert not holds.is_deleting(key_of(version()))
+        held.release()
+
+    asyncio.run(scenario())
+
+
+def test_whoever_does_not_let_go_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holds_module, "LOOK_AGAIN_SECONDS", 0.001)
+
+    async def scenario() -> None:
+        holds = Holds()
+        hold(holds)
+        with pytest.raises(DeadlineExceededError):
+            await asyncio.wait_for(delete(holds, 0.0, force=True), 1)
+        assert not holds.is_deleting(key_of(version()))
 
     asyncio.run(scenario())
 

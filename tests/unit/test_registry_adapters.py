@@ -19,7 +19,9 @@ from motley_server.registry.adapters import Adapters
 from motley_server.registry.database import Database
 from motley_server.registry.names import parse_reference
 from motley_server.registry.records import AdapterVersion, Quota, Visibility
+from motley_server.registry.schema import adapter_versions
 from motley_server.registry.tenants import Tenants
+from sqlalchemy import select
 
 if TYPE_CHECKING:
     from registry_databases import SteppedClock
@@ -215,7 +217,7 @@ def test_a_name_that_comes_back_is_private(adapters: Adapters, tenants: Tenants)
         assert adapters.get("local", "local", "x").shared_with == ()
 
 
-def test_a_tenant_with_adapters_stays(adapters: Adapters, tenants: Tenants, database: Database) -> None:
+def test_a_tenant_with_adapters_stays(adapters: Adapters, tenants: Tenants) -> None:
     tenants.create("acme")
     publish(adapters, "acme", "x", "a")
     adapters.share("acme", "acme", "x", Visibility.TENANTS, ["local"])
@@ -226,8 +228,35 @@ def test_a_tenant_with_adapters_stays(adapters: Adapters, tenants: Tenants, data
     adapters.set_alias("acme", "acme", "x", "default", 0)
     adapters.delete_version("acme", "acme", "x", 1)
     tenants.delete("acme")
+
+
+def test_who_takes_a_tenants_name_goes_on_with_its_numbers_and_with_nothing_else(
+    adapters: Adapters, tenants: Tenants, clock: SteppedClock
+) -> None:
+    tenants.create("acme")
+    for letter in "ab":
+        adapters.publish("acme", "x", content_of(letter), quota=NO_LIMITS)
+    adapters.share("acme", "acme", "x", Visibility.TENANTS, ["local"])
+    for number in (1, 2):
+        adapters.delete_version("acme", "acme", "x", number)
+    tenants.delete("acme")
     tenants.create("acme")  # somebody else
-    assert publish(adapters, "acme", "x", "b").version == 1
+    clock.advance(hours=1)
+    assert adapters.list("acme").items == ()
+    made = adapters.publish("acme", "x", content_of("b"), quota=Quota(adapters=1, adapter_bytes=100))
+    assert (made.version, made.created_at) == (3, clock())
+    record = adapters.get("acme", "acme", "x")
+    assert (record.visibility, record.shared_with, record.created_at) == (Visibility.PRIVATE, (), clock())
+    assert [meaning(adapters, tenant, "acme/x@3") for tenant in ("acme", "local")] == [3, None]
+
+
+def test_nothing_stays_of_a_version_that_was_deleted(adapters: Adapters, database: Database) -> None:
+    for letter in "ab":
+        adapters.publish("local", "x", content_of(letter), quota=NO_LIMITS)
+    first = adapters.resolve("local", parse_reference("x@1"))
+    assert adapters.delete_version("local", "local", "x", 1) == first
+    with database.reading() as connection:
+        assert connection.execute(select(adapter_versions.c.version)).scalars().all() == [2]
 
 
 def test_who_takes_a_tenants_name_inherits_no_share(adapters: Adapters, tenants: Tenants) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from adapter_registry import NO_LIMITS, content_of, publish
+from adapter_registry import NO_LIMITS, content_of, meaning, publish
 from motley_server.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.names import parse_reference
@@ -54,6 +54,31 @@ def test_an_earlier_publication_is_found_by_what_was_known_before_its_bytes(
     assert earlier(request_id="", scope="local") is None
     clock.advance(hours=25)
     assert earlier(request_id="up", scope="local") is None
+
+
+def test_a_publication_whose_version_was_deleted_counts_no_more_and_is_made_anew(adapters: Adapters) -> None:
+    def push(letter: str, *aliases: str) -> AdapterVersion:
+        content = content_of(letter)
+        return adapters.publish("local", "x", content, aliases, quota=NO_LIMITS, request_id=letter, scope="local")
+
+    earlier = partial(
+        adapters.earlier_publication,
+        *("local", "x", content_of("b").bundle, {}, ["default"]),
+        request_id="b",
+        scope="local",
+    )
+    assert [push(letter, "default").version for letter in "ab"] == [1, 2]
+    adapters.rollback_alias("local", "local", "x", "default")
+    adapters.delete_version("local", "local", "x", 2)
+    assert earlier() is None
+    with pytest.raises(AlreadyExistsError):
+        push("b", "default", "prod")
+    made = push("b", "default")
+    assert (made.version, meaning(adapters, "local", "x")) == (3, 3)
+    adapters.rollback_alias("local", "local", "x", "default")
+    assert push("b", "default") == earlier() == made
+    assert meaning(adapters, "local", "x") == 1
+    assert meaning(adapters, "local", "x@2") is None
 
 
 def test_a_publication_is_the_same_whatever_its_validation_found_and_whoever_made_it(adapters: Adapters) -> None:
@@ -110,6 +135,27 @@ def test_a_publication_takes_its_upload_off_the_record_in_one_step(adapters: Ada
     add(content_of("a"), quota=NO_LIMITS, request_id="one")  # a repeat
     assert uploads.get("local", "up-3").size_bytes == 100
     assert len(uploads.store_ids()) == 1
+
+
+def test_an_upload_that_is_not_on_record_publishes_nothing_but_is_told_what_it_became(
+    adapters: Adapters, uploads: Uploads, tenants: Tenants
+) -> None:
+    tenants.create("acme")
+    uploads.begin("acme", "up", "x", 100, NO_LIMITS)
+    tenants.delete("acme")
+    tenants.create("acme")  # somebody else, who knows of no upload
+    add = partial(adapters.publish, "acme", "x", quota=NO_LIMITS, upload_id="up", request_id="up", scope="acme")
+    for upload_id in ("up", "u\x00p"):
+        with pytest.raises(NotFoundError) as refusal:
+            add(content_of("a"), upload_id=upload_id)
+        assert (refusal.value.reason, refusal.value.field) == ("UPLOAD_NOT_FOUND", "upload_id")
+    assert adapters.newest("acme", "x") is None
+    uploads.begin("acme", "up", "x", 100, NO_LIMITS)
+    made = add(content_of("a"))
+    assert add(content_of("a")) == made
+    adapters.delete_version("acme", "acme", "x", 1)
+    with pytest.raises(NotFoundError, match="no such upload"):
+        add(content_of("a"))
 
 
 def test_a_version_is_pinned_until_it_is_not(adapters: Adapters, tenants: Tenants, clock: SteppedClock) -> None:

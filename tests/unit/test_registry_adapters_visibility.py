@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from adapter_registry import content_of, meaning, publish, statements
+from adapter_registry import as_listed, content_of, meaning, publish, statements
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.names import parse_reference
@@ -58,7 +58,7 @@ def test_each_tenant_sees_its_own_and_what_is_shared_with_it(owned: Adapters, te
     for name in sorted(every):
         try:
             record = owned.get(tenant, *name.split("/"))
-            assert owned.list_versions(tenant, *name.split("/")).items == (record.latest,)
+            assert owned.list_versions(tenant, *name.split("/")).items == (as_listed(record.latest),)
             got.append(f"{record.owner}/{record.name}")
         except NotFoundError:
             with pytest.raises(NotFoundError):

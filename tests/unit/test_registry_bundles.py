@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -137,9 +139,9 @@ def test_an_aborted_upload_is_gone_and_its_id_free(store: BundleStore, tmp_path:
     assert upload(store, "u", TWO) == TWO.digest
 
 
-def test_an_upload_whose_bundle_was_removed_is_forgotten_and_can_be_sent_again(store: BundleStore) -> None:
+def test_an_upload_whose_bundle_is_lost_is_forgotten_and_can_be_sent_again(store: BundleStore) -> None:
     upload(store, "u", ONE)
-    store.remove(ONE.digest)
+    shutil.rmtree(store.directory(ONE.digest))
     assert refusal(NotFoundError, lambda: store.commit("u")) == ("UPLOAD_NOT_FOUND", "upload_id")
     assert upload(store, "u", ONE) == ONE.digest
 
@@ -280,6 +282,31 @@ def test_who_waited_for_an_upload_meets_the_one_that_has_its_id_by_then(tmp_path
     store.close()
 
 
+def test_what_an_earlier_process_left_of_one_upload_keeps_no_other_waiting(tmp_path: Path) -> None:
+    with closing(BundleStore(tmp_path)) as earlier:
+        for upload_id in ("large", "other"):
+            earlier.begin(upload_id, ONE.files)
+            earlier.append(upload_id, WEIGHTS, 0, DATA[:4])
+    disk = SlowDisk()
+    store = BundleStore(tmp_path, disk)
+    disk.is_slow = True
+    committed: list[int] = []
+    taking_up = Thread(target=lambda: committed.append(store.committed("large")[WEIGHTS]))
+    taking_up.start()
+    assert disk.arrived.wait(10)
+    store.begin("large", ONE.files)
+    assert upload(store, "other", ONE) == ONE.digest
+    assert upload(store, "new", TWO) == TWO.digest
+    store.abort("other")
+    store.collect({ONE.digest}, {"large"})
+    assert taking_up.is_alive()
+    disk.may_go.set()
+    taking_up.join()
+    assert committed == [4]
+    assert upload(store, "large", ONE) == ONE.digest
+    store.close()
+
+
 class SmallDisk(Disk):
     """A disk that takes three bytes at a time, and so many in all."""
 
@@ -351,18 +378,3 @@ def test_uploads_side_by_side_and_collections_among_them_do_not_disturb_each_oth
         thread.join()
     assert failed == []
     assert bundles_in(tmp_path) == store.bundles() == {adapter.digest for adapter in adapters.values()}
-
-
-def test_an_upload_whose_bundle_was_removed_does_not_come_back_with_another_of_its_content(tmp_path: Path) -> None:
-    store = BundleStore(tmp_path / "store")
-    adapter = Adapter("b", 9)
-    for upload_id in ("u", "v"):
-        store.begin(upload_id, adapter.files)
-        for name, data in adapter.contents.items():
-            store.append(upload_id, name, 0, data)
-        digest = store.commit(upload_id)
-        if upload_id == "u":
-            store.remove(digest)
-    with pytest.raises(NotFoundError):
-        store.committed("u")
-    store.close()

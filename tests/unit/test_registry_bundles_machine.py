@@ -107,14 +107,6 @@ class Bundles(RuleBasedStateMachine):
         self.store.abort(upload_id)
         self.uploads.pop(upload_id, None)
 
-    @rule(adapter=WHICH)
-    def remove(self, adapter: Adapter) -> None:
-        self.store.remove(adapter.digest)
-        self.bundles.discard(adapter.digest)
-        for upload_id, account in list(self.uploads.items()):
-            if account.is_committed and account.adapter == adapter:
-                del self.uploads[upload_id]
-
     @rule()
     def restart(self) -> None:
         self.store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -108,6 +109,19 @@ def test_an_id_is_one_uploads_until_it_is_given_up(house: House) -> None:
     assert house.upload("local", "up", "x", TWO).bundle == TWO.digest
 
 
+def test_an_upload_goes_on_under_its_header_alone_and_with_as_many_aliases_as_there_may_be(house: House) -> None:
+    begin = partial(house.publication.begin, "local", "up", "x", ONE.files, NO_LIMITS)
+    begin("one", ["default"])
+    house.send("local", "up", ONE)
+    with pytest.raises(AlreadyExistsError):
+        begin("two", ["default"])
+    with pytest.raises(ResourceExhaustedError) as refusal:
+        begin("one", [f"a{number}" for number in range(101)])
+    assert refusal.value.reason == "TOO_MANY_ALIASES"
+    begin("one", ["default"])
+    assert house.publish("local", "up", "x", ONE).version == 1
+
+
 def test_who_takes_a_tenants_name_finds_none_of_its_bytes(house: House) -> None:
     house.tenants.create("acme")
     house.begin("acme", "up", "x", ONE)
@@ -119,6 +133,21 @@ def test_who_takes_a_tenants_name_finds_none_of_its_bytes(house: House) -> None:
     house.tenants.create("acme")
     house.begin("acme", "up", "x", ONE)
     assert set(house.store.committed(store_id("acme", "up")).values()) == {0}
+
+
+def test_a_deleted_tenants_upload_publishes_nothing_for_who_takes_its_name(house: House) -> None:
+    house.tenants.create("acme")
+    house.begin("acme", "up", "x", ONE)
+    house.send("acme", "up", ONE)
+    house.tenants.delete("acme")
+    house.tenants.create("acme")
+    with pytest.raises(NotFoundError) as gone:
+        house.publish("acme", "up", "x", ONE)
+    assert gone.value.reason == "UPLOAD_NOT_FOUND"
+    assert house.adapters.newest("acme", "x") is None
+    for _ in range(3):
+        house.collect()
+    assert paths_in(house.root / STORE) == EMPTY
 
 
 def test_two_tenants_with_one_id_and_one_adapter_share_its_bytes_alone(house: House) -> None:

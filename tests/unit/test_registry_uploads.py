@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,7 @@ from motley_server.errors import (
     ResourceExhaustedError,
 )
 from motley_server.registry.adapters import Adapters
+from motley_server.registry.aliases import MAX_ALIASES
 from motley_server.registry.records import Quota
 from motley_server.registry.tenants import Tenants
 from motley_server.registry.uploads import MAX_OPEN_UPLOADS, UPLOAD_LIFETIME, UploadRecord, Uploads, store_id
@@ -37,11 +39,11 @@ def refusal(kind: type[MotleyError], call: Callable[[], object]) -> tuple[str, s
 
 def test_an_upload_is_on_record_until_it_is_forgotten(uploads: Uploads, clock: SteppedClock) -> None:
     begun = clock()
-    assert uploads.begin("local", "up-1", "x", 100, NO_LIMITS) is True
+    assert uploads.begin("local", "up-1", "x", 100, NO_LIMITS, "said") is True
     clock.advance(hours=1)
     uploads.touch("local", "up-1")
     record = uploads.get("local", "up-1")
-    assert record == UploadRecord("local", "up-1", 100, begun, clock())
+    assert record == UploadRecord("local", "up-1", 100, sha256(b"said").digest(), begun, clock())
     assert record.expires_at == clock() + UPLOAD_LIFETIME
     assert uploads.store_ids() == {store_id("local", "up-1")}
     assert [uploads.forget("local", "up-1") for _ in range(2)] == [True, False]
@@ -58,6 +60,19 @@ def test_an_upload_that_is_there_is_touched(uploads: Uploads, clock: SteppedCloc
     assert (uploads.get("local", "up-1").created_at, uploads.get("local", "up-1").touched_at) == (begun, clock())
     again = partial(uploads.begin, "local", "up-1", "x", 99, NO_LIMITS)
     assert refusal(AlreadyExistsError, again) == ("UPLOAD_EXISTS", "upload_id")
+
+
+def test_an_upload_goes_on_with_the_header_that_it_began_with_alone(uploads: Uploads, clock: SteppedClock) -> None:
+    begin = partial(uploads.begin, "local", "up", "x", 100, NO_LIMITS)
+    assert begin("one \N{SNOWMAN}") is True
+    record = uploads.get("local", "up")
+    clock.advance(hours=1)
+    for other in ("two \N{SNOWMAN}", "one", ""):
+        assert refusal(AlreadyExistsError, partial(begin, other)) == ("UPLOAD_EXISTS", "upload_id")
+    assert uploads.get("local", "up") == record
+    assert begin("one \N{SNOWMAN}") is False
+    uploads.forget("local", "up")
+    assert begin("two") is True
 
 
 def test_two_owners_uploads_of_one_id_are_two(uploads: Uploads, tenants: Tenants) -> None:
@@ -166,6 +181,20 @@ def test_a_quota_of_adapters_refuses_the_first_byte_of_a_new_name(uploads: Uploa
     assert refusal(ResourceExhaustedError, other) == ("QUOTA_ADAPTERS", "quota.adapters")
     assert uploads.store_ids() == set()
     assert uploads.begin("local", "up", "x", 1, quota)
+
+
+def test_aliases_that_would_be_too_many_refuse_the_first_byte(uploads: Uploads, adapters: Adapters) -> None:
+    names = [f"a{number}" for number in range(MAX_ALIASES - 1)]
+    publish(adapters, "local", "x", "a", *names)
+    publish(adapters, "local", "y", "a", "other")
+    begin = partial(uploads.begin, "local", "up", "x", 100, NO_LIMITS)
+    assert refusal(ResourceExhaustedError, partial(begin, aliases=["b", "c"])) == ("TOO_MANY_ALIASES", "aliases")
+    assert uploads.store_ids() == set()
+    for aliases in ([*names, "b"], ["b", "b"], names[:5], []):
+        begin(aliases=aliases)
+        adapters.publish("local", "x", content_of("b"), aliases, quota=NO_LIMITS, upload_id="up")
+    begin(aliases=["b"])
+    assert refusal(ResourceExhaustedError, partial(begin, aliases=["c"])) == ("TOO_MANY_ALIASES", "aliases")
 
 
 def test_those_who_begin_at_once_do_not_pass_a_bound_together(uploads: Uploads) -> None:

@@ -48,7 +48,7 @@ class AdapterCalls(Connection):
         request = convert.list_adapters_request(filter, page_size)
         while True:
             response = self._call(self._adapters.ListAdapters, request, timeout)
-            yield from map(convert.adapter, response.adapters)
+            yield from (convert.adapter(one, is_listed=True) for one in response.adapters)
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token
@@ -60,7 +60,7 @@ class AdapterCalls(Connection):
         request = convert.list_versions_request(name, page_size)
         while True:
             response = self._call(self._adapters.ListAdapterVersions, request, timeout)
-            yield from map(convert.version, response.versions)
+            yield from (convert.version(one, is_listed=True) for one in response.versions)
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token
@@ -180,7 +180,7 @@ class AsyncAdapterCalls(AsyncConnection):
         while True:
             response = await self._call(self._adapters.ListAdapters, request, timeout)
             for message in response.adapters:
-                yield convert.adapter(message)
+                yield convert.adapter(message, is_listed=True)
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token
@@ -193,7 +193,7 @@ class AsyncAdapterCalls(AsyncConnection):
         while True:
             response = await self._call(self._adapters.ListAdapterVersions, request, timeout)
             for message in response.versions:
-                yield convert.version(message)
+                yield convert.version(message, is_listed=True)
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token

@@ -48,6 +48,10 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),  # a dead peer is noticed in the middle of a long answer
     ("grpc.keepalive_timeout_ms", 10_000),
+    # A transfer that was cut goes on after a tenth of a second; gRPC's own pause before it connects again is a second
+    # at first and two minutes at most, and calls fail that long though the server is back.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
 

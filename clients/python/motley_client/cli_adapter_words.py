@@ -29,15 +29,15 @@ def adapter_json(adapter: Adapter) -> dict[str, Any]:
 
 
 def version_json(version: AdapterVersion) -> dict[str, Any]:
-    """Return what `--json` prints of a version."""
-    return {
+    """Return what `--json` prints of a version; what a list does not tell is left out."""
+    facts = {
         "name": version.name,
         "version": version.version,
         "digest": version.digest,
         "kind": _value(version.kind),
         "state": _value(version.state),
         "size_bytes": version.size_bytes,
-        "ranks": dict(version.ranks),
+        "ranks": None if version.ranks is None else dict(version.ranks),
         "device_bytes": version.device_bytes,
         "trained_on": version.trained_on,
         "serves_on": version.serves_on,
@@ -47,6 +47,9 @@ def version_json(version: AdapterVersion) -> dict[str, Any]:
         "create_time": moment(version.create_time),
         "created_by": version.created_by,
     }
+    if version.ranks is None:
+        del facts["ranks"]
+    return facts
 
 
 def adapter_table(adapters: Sequence[Adapter]) -> str:
@@ -114,7 +117,7 @@ def _alias_json(alias: Alias) -> dict[str, Any]:
 
 def _ranks_words(version: AdapterVersion) -> str:
     """Write how many modules have which rank; S2FT's have none."""
-    counts = sorted(Counter(version.ranks.values()).items())
+    counts = sorted(Counter((version.ranks or {}).values()).items())
     return ", ".join(f"{rank} in {number} modules" for rank, number in counts)
 
 

@@ -158,20 +158,20 @@ def resolved_adapter(response: adapter_pb2.GetAdapterResponse) -> ResolvedAdapte
     return ResolvedAdapter(adapter(response.adapter), version(response.version))
 
 
-def adapter(message: adapter_pb2.Adapter) -> Adapter:
-    """Read an adapter."""
+def adapter(message: adapter_pb2.Adapter, *, is_listed: bool = False) -> Adapter:
+    """Read an adapter; of a list, it comes without ranks."""
     return Adapter(
         owner=message.owner,
         name=message.name,
         aliases=tuple(map(alias, message.aliases)),
-        latest=version(message.latest) if message.HasField("latest") else None,
+        latest=version(message.latest, is_listed=is_listed) if message.HasField("latest") else None,
         visibility=_VISIBILITIES.get(message.visibility),
         shared_with=tuple(message.shared_with),
     )
 
 
-def version(message: adapter_pb2.AdapterVersion) -> AdapterVersion:
-    """Read a version."""
+def version(message: adapter_pb2.AdapterVersion, *, is_listed: bool = False) -> AdapterVersion:
+    """Read a version; of a list, it comes without ranks."""
     return AdapterVersion(
         name=message.name,
         version=message.version,
@@ -179,7 +179,7 @@ def version(message: adapter_pb2.AdapterVersion) -> AdapterVersion:
         kind=_KINDS.get(message.kind),
         state=_STATES.get(message.state),
         size_bytes=message.size_bytes,
-        ranks=dict(message.ranks),
+        ranks=None if is_listed else dict(message.ranks),
         device_bytes=message.device_bytes,
         trained_on=message.trained_on,
         serves_on=message.serves_on,

@@ -12,6 +12,7 @@ from motley_client.errors import (
     CancelledRequestError,
     InternalError,
     MotleyClientError,
+    NotFoundError,
     OutOfRangeError,
     UnavailableError,
 )
@@ -61,6 +62,8 @@ def _is_cut(error: MotleyClientError) -> bool:
     """Tell whether the way broke, rather than that somebody said no; what nobody said has its code's name as reason."""
     if isinstance(error, OutOfRangeError):
         return error.reason == "UPLOAD_OFFSET"  # a server that restarted has less than it said
+    if isinstance(error, NotFoundError):  # another stream made it a version, or it was aborted: the header tells which
+        return error.reason == "UPLOAD_NOT_FOUND"
     if isinstance(error, CancelledRequestError | InternalError):  # a stream that was reset on the way
         return error.reason == error.code and "RST_STREAM" in error.message
     return isinstance(error, UnavailableError)

@@ -48,8 +48,9 @@ class Visibility(Enum):
 class AdapterVersion:
     """One immutable version of an adapter.
 
-    Semantics: `digest` is over the canonical content; `ranks` are by module path. `trained_on` and `serves_on` are base
-    fingerprints or `undeclared`. `created_by` is the id of a key; empty without one, and for those who own it not.
+    Semantics: `digest` is over the canonical content; `ranks` are by module path, and None in lists, which do not tell
+    them. `trained_on` and `serves_on` are base fingerprints or `undeclared`. `created_by` is the id of a key; empty
+    without one, and for those who own it not.
     Units: `size_bytes` of all files together, `device_bytes` in the server's memory.
     """
 
@@ -59,7 +60,7 @@ class AdapterVersion:
     kind: AdapterKind | None
     state: AdapterState | None
     size_bytes: int
-    ranks: Mapping[str, int] = field(hash=False)
+    ranks: Mapping[str, int] | None = field(hash=False)
     device_bytes: int
     trained_on: str
     serves_on: str

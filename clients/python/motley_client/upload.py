@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TypeVar, cast
@@ -28,7 +29,7 @@ from motley_client.errors import (
 )
 from motley_client.resuming import Resuming
 from motley_client.types_adapters import AdapterKind, AdapterVersion, UploadPhase
-from motley_client.upload_plan import ProgressCall, UploadPlan
+from motley_client.upload_plan import ProgressCall, Standing, UploadPlan
 
 _Item = TypeVar("_Item")
 
@@ -51,8 +52,9 @@ class UploadCalls(AdapterCalls):
         """Publish the adapter in a directory, and return the version that it became.
 
         Semantics: without `aliases`, `default` is pointed at it. A connection that is cut is taken up where the server
-        has got to; so is, by the same call, an upload whose client ended. Bytes that are the newest version already
-        stay that version. `upload_id` is chosen from all this unless given. `timeout` is for the whole.
+        has got to; so is, by the same call, an upload whose client ended, unless the aliases moved meanwhile. Bytes
+        that are the newest version already stay that version. `upload_id` is chosen from all this unless given; under
+        a given one, what was done before is answered, and not done again. `timeout` is for the whole.
         Effects: `progress` is called from a thread of gRPC's while bytes are sent.
         Raises: MotleyClientError for what the server refuses; InvalidArgumentError for a directory that holds no
         adapter, or not as plain files; OSError.
@@ -61,24 +63,40 @@ class UploadCalls(AdapterCalls):
         for done in plan.hashing():
             plan.tell(UploadPhase.HASHING, done)
         resuming = Resuming(self._effective(timeout))
-        plan.settle(upload_id, 0 if upload_id is not None else self._newest_version(plan.adapter_name, resuming))
+        before = None
+        if upload_id is not None:
+            plan.settle(upload_id)
+        else:
+            before = self._standing(plan, resuming)
+            plan.settle_by(before)
         while True:
             try:
                 committed = self._committed(plan.upload_id, resuming)
                 resuming.reached(sum(committed.values()))
-                return self._send(plan, committed, resuming)
+                version = self._send(plan, committed, resuming)
+                if before is None or before.has_every_alias:
+                    return version
+                if self._standing(plan, resuming).has_every_alias:
+                    return version
+                # Nothing tells a name that never was from one that is gone: this answered a push that was undone since.
+                before = None
+                plan.settle(uuid.uuid4().hex)
             except MotleyClientError as error:
                 pause = resuming.pause_after(error)
                 if pause is None:
                     raise
                 time.sleep(pause)
 
-    def _newest_version(self, name: str, resuming: Resuming) -> int:
+    def _standing(self, plan: UploadPlan, resuming: Resuming) -> Standing:
+        """Ask how the adapter stands, by its newest version: the name alone is unknown where `default` is missing."""
+        name = plan.adapter_name
         try:
             versions = self.list_adapter_versions(name, page_size=1, timeout=resuming.seconds_left())
-            return next((one.version for one in versions), 0)
+            newest = next((one.version for one in versions), 0)
+            found = self.get_adapter(f"{name}@{newest}", timeout=resuming.seconds_left()) if newest else None
         except NotFoundError:
-            return 0
+            found = None
+        return plan.standing(found)
 
     def _committed(self, upload_id: str, resuming: Resuming) -> Mapping[str, int]:
         try:
@@ -136,25 +154,41 @@ class AsyncUploadCalls(AsyncAdapterCalls):
         async for done in _on_threads(plan.hashing()):
             plan.tell(UploadPhase.HASHING, done)
         resuming = Resuming(self._effective(timeout))
-        plan.settle(upload_id, 0 if upload_id is not None else await self._newest_version(plan.adapter_name, resuming))
+        before = None
+        if upload_id is not None:
+            plan.settle(upload_id)
+        else:
+            before = await self._standing(plan, resuming)
+            plan.settle_by(before)
         while True:
             try:
                 committed = await self._committed(plan.upload_id, resuming)
                 resuming.reached(sum(committed.values()))
-                return await self._send(plan, committed, resuming)
+                version = await self._send(plan, committed, resuming)
+                if before is None or before.has_every_alias:
+                    return version
+                if (await self._standing(plan, resuming)).has_every_alias:
+                    return version
+                # Nothing tells a name that never was from one that is gone: this answered a push that was undone since.
+                before = None
+                plan.settle(uuid.uuid4().hex)
             except MotleyClientError as error:
                 pause = resuming.pause_after(error)
                 if pause is None:
                     raise
                 await asyncio.sleep(pause)
 
-    async def _newest_version(self, name: str, resuming: Resuming) -> int:
+    async def _standing(self, plan: UploadPlan, resuming: Resuming) -> Standing:
+        """Ask how the adapter stands; see UploadCalls."""
+        name = plan.adapter_name
         try:
             request = convert.list_versions_request(name, 1)
             listed = await self._call(self._adapters.ListAdapterVersions, request, resuming.seconds_left())
-            return max((one.version for one in listed.versions), default=0)
+            newest = max((one.version for one in listed.versions), default=0)
+            found = await self.get_adapter(f"{name}@{newest}", timeout=resuming.seconds_left()) if newest else None
         except NotFoundError:
-            return 0
+            found = None
+        return plan.standing(found)
 
     async def _committed(self, upload_id: str, resuming: Resuming) -> Mapping[str, int]:
         try:

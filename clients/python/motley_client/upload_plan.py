@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -18,15 +19,33 @@ from motley.v1 import adapter_pb2
 from motley_client.adapter_files import AdapterFile, find_files, hash_file
 from motley_client.convert_adapters import kind_number, strings
 from motley_client.convert_fields import checked
-from motley_client.types_adapters import AdapterKind, UploadPhase, UploadProgress
+from motley_client.types_adapters import AdapterKind, ResolvedAdapter, UploadPhase, UploadProgress
 
 ProgressCall = Callable[[UploadProgress], None]
+
+DEFAULT_ALIAS = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How an adapter stands: its newest version, 0 without one, and the etags of the aliases that an upload names.
+
+    Semantics: an alias that is not there has an empty etag.
+    """
+
+    newest_version: int
+    etags: tuple[str, ...]
+
+    @property
+    def has_every_alias(self) -> bool:
+        """Tell whether each alias points somewhere."""
+        return all(self.etags)
 
 
 class UploadPlan:
     """The files that one upload brings, and what it says of them.
 
-    Semantics: `hashing` comes first, then `settle`, then `messages` as often as it takes.
+    Semantics: `hashing` comes first, then `settle` or `settle_by`, then `messages` as often as it takes.
     """
 
     def __init__(
@@ -83,21 +102,31 @@ class UploadPlan:
                     yield done
         self._files = tuple(files)
         self._total_bytes = sum(file.size_bytes for file in files)
-
-    def settle(self, upload_id: str | None, newest_version: int) -> None:
-        """Complete the header, under the given id or under one that the same push after a crash would have again.
-
-        Semantics: that one depends on all that the header says, and on the newest version that there is, so that going
-        back to what was published before the last version is a new upload and moves the aliases.
-        """
-        for file in self._files:
+        for file in files:
             self._header.files.add(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
-        if upload_id is None:
-            header = self._header
-            files = [(file.name, file.size_bytes, file.sha256) for file in self._files]
-            content = [header.adapter_name, header.kind, files, sorted(header.labels.items()), list(header.aliases)]
-            upload_id = hashlib.sha256(json.dumps([*content, newest_version]).encode()).hexdigest()[:40]
+
+    def standing(self, newest: ResolvedAdapter | None) -> Standing:
+        """Return what of an adapter's standing counts, from its newest version and its aliases; None has neither."""
+        if newest is None:
+            return Standing(0, ("",) * max(1, len(self._header.aliases)))
+        etags = {alias.name: alias.etag for alias in newest.adapter.aliases}
+        aliases = self._header.aliases or (DEFAULT_ALIAS,)
+        return Standing(newest.version.version, tuple(etags.get(alias, "") for alias in aliases))
+
+    def settle(self, upload_id: str) -> None:
+        """Complete the header, under the given id."""
         self._header.MergeFrom(checked("upload_id", adapter_pb2.UploadHeader, upload_id=upload_id))
+
+    def settle_by(self, standing: Standing) -> None:
+        """Complete the header, under an id that the same push has again as long as the adapter stands as it does.
+
+        Semantics: once a version was made or an alias moved, the same push is a new upload, and does what it says.
+        """
+        header = self._header
+        files = [(file.name, file.size_bytes, file.sha256) for file in self._files]
+        content = [header.adapter_name, header.kind, files, sorted(header.labels.items()), list(header.aliases)]
+        content += [standing.newest_version, standing.etags]
+        self.settle(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40])
 
     def messages(self, committed: Mapping[str, int]) -> Iterator[tuple[adapter_pb2.UploadAdapterRequest, int]]:
         """Yield what to send where some bytes have arrived, each with how many bytes of all are there after it.

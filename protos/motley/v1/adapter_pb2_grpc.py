@@ -117,8 +117,8 @@ class AdapterServiceServicer(object):
         is as soon as the header has come where this upload was finished before. After a cut connection or a restart of the server, GetUpload says
         where to go on.
         INVALID_ARGUMENT (a file, tensor or field is refused by name), OUT_OF_RANGE (offset gap, with the committed size), DATA_LOSS (checksum),
-        ALREADY_EXISTS (the upload's id was used for something else), FAILED_PRECONDITION (other base, bytes missing), RESOURCE_EXHAUSTED (quota),
-        ABORTED (another stream of the same upload has taken over).
+        ALREADY_EXISTS (the upload's id was used for something else), NOT_FOUND (aborted meanwhile), FAILED_PRECONDITION (other base, bytes missing),
+        RESOURCE_EXHAUSTED (quota).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -357,8 +357,8 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceUploadAdapterType, _Adapt
     is as soon as the header has come where this upload was finished before. After a cut connection or a restart of the server, GetUpload says
     where to go on.
     INVALID_ARGUMENT (a file, tensor or field is refused by name), OUT_OF_RANGE (offset gap, with the committed size), DATA_LOSS (checksum),
-    ALREADY_EXISTS (the upload's id was used for something else), FAILED_PRECONDITION (other base, bytes missing), RESOURCE_EXHAUSTED (quota),
-    ABORTED (another stream of the same upload has taken over).
+    ALREADY_EXISTS (the upload's id was used for something else), NOT_FOUND (aborted meanwhile), FAILED_PRECONDITION (other base, bytes missing),
+    RESOURCE_EXHAUSTED (quota).
     """
 
     GetUpload: _AdapterServiceGetUploadType
@@ -475,8 +475,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         is as soon as the header has come where this upload was finished before. After a cut connection or a restart of the server, GetUpload says
         where to go on.
         INVALID_ARGUMENT (a file, tensor or field is refused by name), OUT_OF_RANGE (offset gap, with the committed size), DATA_LOSS (checksum),
-        ALREADY_EXISTS (the upload's id was used for something else), FAILED_PRECONDITION (other base, bytes missing), RESOURCE_EXHAUSTED (quota),
-        ABORTED (another stream of the same upload has taken over).
+        ALREADY_EXISTS (the upload's id was used for something else), NOT_FOUND (aborted meanwhile), FAILED_PRECONDITION (other base, bytes missing),
+        RESOURCE_EXHAUSTED (quota).
         """
 
     @abc.abstractmethod

@@ -26,8 +26,9 @@ from motley_server.errors import (
     OutOfRangeError,
 )
 from motley_server.library.files import find_files, read_part
-from motley_server.library.holds import Holds
-from motley_server.library.uploads import MAX_CHUNK_BYTES, AdapterRegistry
+from motley_server.library.holds import Holds, Revoke
+from motley_server.library.publishing import AdapterRegistry
+from motley_server.library.uploads import MAX_CHUNK_BYTES
 from motley_server.registry.bundle_files import BundleFile
 from motley_server.registry.names import AdapterReference
 from motley_server.registry.ownership import adapter_not_found
@@ -56,13 +57,22 @@ DownloadPart = AdapterVersion | BundleFile | FileChunk
 class AdapterControl:
     """Change and read versions that may be in use."""
 
-    def __init__(self, registry: AdapterRegistry, holds: Holds, intake: AdapterIntake, engine: EngineFront) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        holds: Holds,
+        intake: AdapterIntake,
+        engine: EngineFront,
+        on_deleted: Callable[[], None],
+    ) -> None:
+        """Make a control; `on_deleted` is called when a version has gone."""
         self._run = registry.database.run
         self._adapters = registry.adapters
         self._store = registry.store
         self._holds = holds
         self._intake = intake
         self._engine = engine
+        self._on_deleted = on_deleted
 
     async def set_alias(
         self, tenant_id: str, owner: str, name: str, alias: str, version: int, etag: str | None, once: Mapping[str, str]
@@ -71,12 +81,31 @@ class AdapterControl:
 
         Raises: FailedPreconditionError (reason=VERSION_NOT_READY).
         """
-        if self._holds.is_deleting((owner, name, version)) and owner == tenant_id:
-            message = f"version {version} of adapter {name!r} is being deleted"
-            raise FailedPreconditionError(message, reason="VERSION_NOT_READY", field="version")
+        if owner == tenant_id:
+            self._check_stays(owner, name, version, "version")
         return await self._run(
             partial(self._adapters.set_alias, tenant_id, owner, name, alias, version, etag=etag, **once)
         )
+
+    async def rollback_alias(
+        self, tenant_id: str, owner: str, name: str, alias: str, etag: str | None, once: Mapping[str, str]
+    ) -> Alias:
+        """Point an alias where it pointed before; see `Adapters.rollback_alias`.
+
+        Raises: FailedPreconditionError (reason=VERSION_NOT_READY).
+        """
+        if owner == tenant_id:
+            record = await self._run(self._adapters.get, tenant_id, owner, name)
+            for known in record.aliases:
+                if known.alias == alias:
+                    self._check_stays(owner, name, known.previous_version, "alias")
+        return await self._run(partial(self._adapters.rollback_alias, tenant_id, owner, name, alias, etag=etag, **once))
+
+    async def digest_of(self, owner: str, name: str, version: int) -> str:
+        """Return the digest of a version, or nothing if it is not there."""
+        reference = AdapterReference(owner, name, version=version)
+        found = await self._run(self._adapters.resolve, owner, reference) if version > 0 else None
+        return "" if found is None else found.digest
 
     async def delete(
         self,
@@ -98,8 +127,11 @@ class AdapterControl:
             found = await self._run(self._adapters.check_deletable, tenant_id, owner, name, version)
         except NotFoundError:
             return await self._run(delete)  # the repeat of a deletion that was done, or the same error
-        async with self._holds.emptied(found, timeout_seconds, force=force):
-            return await _to_its_end(self._delete(delete))
+        check = partial(self._run, self._adapters.check_deletable, tenant_id, owner, name, version)
+        async with self._holds.emptied(found, timeout_seconds, check, force=force):
+            deleted = await _to_its_end(self._delete(delete))
+        self._on_deleted()
+        return deleted
 
     async def pin(self, tenant_id: str, reference: AdapterReference) -> AdapterVersion:
         """Load a version of a tenant's own onto the device and keep it there, over restarts too.
@@ -140,11 +172,17 @@ class AdapterControl:
 
         Semantics: `offsets` are where to go on, by file; the version stays while it is sent.
         Raises: NotFoundError; InvalidArgumentError (reason=FILE_NOT_IN_ADAPTER); OutOfRangeError (reason=PAST_END);
-        FailedPreconditionError (reason=ADAPTER_FILES_MISSING).
+        FailedPreconditionError (reason=ADAPTER_FILES_MISSING); AbortedError (reason=ADAPTER_DELETED).
         """
         version = await self._run(self._adapters.own, tenant_id, reference)
+        lost: list[MotleyError] = []
         with ExitStack() as held:
-            self._hold(version, held)
+
+            def give_up(error: MotleyError) -> None:  # at once: whoever reads may have stopped to
+                lost.append(error)
+                held.close()
+
+            self._hold(version, held, give_up)
             directory = find_files(self._store, version)
             _check_offsets(version, offsets)
             yield version
@@ -152,6 +190,8 @@ class AdapterControl:
                 yield file
                 position = offsets.get(file.name, 0)
                 while position < file.size_bytes:
+                    if lost:
+                        raise lost[0]
                     data = await asyncio.to_thread(read_part, directory / file.name, position, MAX_CHUNK_BYTES)
                     yield FileChunk(file.name, position, data)
                     position += len(data)
@@ -168,21 +208,43 @@ class AdapterControl:
         return unpinned
 
     async def _keep(self, version: AdapterVersion) -> None:
+        lost: list[MotleyError] = []
         with ExitStack() as held:
-            self._hold(version, held)
-            await self._intake.introduce(version)
-            await self._engine.keep(version.digest)
+            keeping = asyncio.get_running_loop().create_task(self._bring(version))
+            held.callback(keeping.cancel)
+
+            def give_up(error: MotleyError) -> None:
+                lost.append(error)
+                held.close()
+
+            self._hold(version, held, give_up)
+            try:
+                await keeping
+            except asyncio.CancelledError:
+                if lost:
+                    raise lost[0] from None
+                raise
+
+    async def _bring(self, version: AdapterVersion) -> None:
+        await self._intake.introduce(version)
+        await self._engine.keep(version.digest)
 
     async def _let_go(self, digest: str) -> None:
         """Let an adapter be evicted, unless it is another pinned version too."""
         if all(version.digest != digest for version in await self._run(self._adapters.pinned)):
             self._engine.unkeep(digest)
 
-    def _hold(self, version: AdapterVersion, held: ExitStack) -> None:
+    def _hold(self, version: AdapterVersion, held: ExitStack, give_up: Revoke) -> None:
         hold = self._holds.hold(version)
         if hold is None:
             raise adapter_not_found(f"{version.owner}/{version.name}", "name")
+        hold.on_revoked = give_up
         held.callback(hold.release)
+
+    def _check_stays(self, owner: str, name: str, version: int, field: str) -> None:
+        if self._holds.is_deleting((owner, name, version)):
+            message = f"version {version} of adapter {name!r} is being deleted"
+            raise FailedPreconditionError(message, reason="VERSION_NOT_READY", field=field)
 
     def _pinning(self, tenant_id: str, version: AdapterVersion, *, is_pinned: bool) -> partial[AdapterVersion]:
         key = (version.owner, version.name, version.version)

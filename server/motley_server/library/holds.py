@@ -8,8 +8,9 @@ engine. Runs on the event loop's thread, and only `emptied` waits.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from motley_server.errors import AbortedError, DeadlineExceededError, MotleyError
@@ -17,8 +18,10 @@ from motley_server.registry.records import AdapterVersion
 
 VersionKey = tuple[str, str, int]  # owner, name, version
 Revoke = Callable[[MotleyError], None]
+Check = Callable[[], Awaitable[object]]
 
-LOOK_AGAIN_SECONDS = 1.0  # a request that was admitted meanwhile is revoked no later than this
+LOOK_AGAIN_SECONDS = 1.0  # an alias that was pointed here ends the waiting, and who came late is revoked, within this
+MAX_REVOCATIONS = 30
 
 
 def key_of(version: AdapterVersion) -> VersionKey:
@@ -51,7 +54,7 @@ class Holds:
         self._emptied: dict[VersionKey, asyncio.Event] = {}  # of those that somebody waits for
 
     def hold(self, version: AdapterVersion) -> Hold | None:
-        """Hold a version; None if it is being deleted, or was."""
+        """Hold a version; None while it is being deleted."""
         key = key_of(version)
         if key in self._deleting:
             return None
@@ -68,10 +71,13 @@ class Holds:
         return {hold.version.bundle for holds in self._held.values() for hold in holds}
 
     @asynccontextmanager
-    async def emptied(self, version: AdapterVersion, timeout_seconds: float, *, force: bool) -> AsyncIterator[None]:
-        """Run a block once nobody holds a version; from now on nobody may, unless the block raises.
+    async def emptied(
+        self, version: AdapterVersion, timeout_seconds: float, check: Check, *, force: bool
+    ) -> AsyncIterator[None]:
+        """Run a block once nobody holds a version, while nobody may take hold of it.
 
-        Semantics: with `force`, those who hold it after the timeout are revoked, and their end is waited for.
+        Semantics: with `force`, those who hold it after the timeout are revoked, and their end is waited for. `check`
+        is awaited now and then, and before anybody is revoked: what it raises ends the waiting.
         Raises: AbortedError (reason=VERSION_BEING_DELETED) if somebody else is at it; DeadlineExceededError
         (reason=VERSION_HELD).
         """
@@ -81,25 +87,34 @@ class Holds:
             raise AbortedError(message, reason="VERSION_BEING_DELETED", field="version")
         self._deleting.add(key)
         try:
-            if not await self._wait_empty(key, timeout_seconds):
+            if not await self._wait_checking(key, timeout_seconds, check):
                 if not force:
-                    message = (
-                        f"{len(self._held[key])} requests still hold version {version.version} of adapter "
-                        f"{version.name!r}; it stays"
-                    )
-                    raise DeadlineExceededError(message, reason="VERSION_HELD", field="timeout")
-                await self._revoke(key)
+                    raise _held(version, len(self._held[key]))
+                await check()
+                if not await self._revoke(key):
+                    raise _held(version, len(self._held[key]))
             yield
-        except BaseException:
+        finally:
             self._deleting.discard(key)
-            raise
 
-    async def _revoke(self, key: VersionKey) -> None:
-        message = "an adapter of this request was deleted, and its deletion did not wait for the answer"
-        while True:
-            _call_off(self._held.get(key, ()), AbortedError(message, reason="ADAPTER_DELETED", field="adapters"))
+    async def _wait_checking(self, key: VersionKey, timeout_seconds: float, check: Check) -> bool:
+        until = time.monotonic() + timeout_seconds
+        while not await self._wait_empty(key, min(LOOK_AGAIN_SECONDS, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                return False
+            await check()
+        return True
+
+    async def _revoke(self, key: VersionKey) -> bool:
+        message = "an adapter of this call was deleted, and its deletion did not wait for the end"
+        error = AbortedError(message, reason="ADAPTER_DELETED", field="adapters")
+        for _ in range(MAX_REVOCATIONS):
+            for hold in tuple(self._held.get(key, ())):
+                if hold.on_revoked is not None:
+                    hold.on_revoked(error)
             if await self._wait_empty(key, LOOK_AGAIN_SECONDS):
-                return
+                return True
+        return False
 
     async def _wait_empty(self, key: VersionKey, timeout_seconds: float) -> bool:
         """Return whether nobody holds a version, now or within some time."""
@@ -121,7 +136,6 @@ class Holds:
             self._emptied[key].set()
 
 
-def _call_off(holds: Iterable[Hold], error: MotleyError) -> None:
-    for hold in tuple(holds):
-        if hold.on_revoked is not None:
-            hold.on_revoked(error)
+def _held(version: AdapterVersion, num_holds: int) -> DeadlineExceededError:
+    message = f"{num_holds} calls still hold version {version.version} of adapter {version.name!r}; it stays"
+    return DeadlineExceededError(message, reason="VERSION_HELD", field="timeout")

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING
 from motley_server.errors import MotleyError
 from motley_server.library.holds import Holds
 from motley_server.library.observer import LibraryObserver
-from motley_server.library.uploads import AdapterRegistry, UploadDesk
+from motley_server.library.publishing import AdapterRegistry
+from motley_server.library.uploads import UploadDesk
 from motley_server.registry.collection import Collector
 
 if TYPE_CHECKING:  # torch comes with it
     from motley_server.library.intake import AdapterIntake
 
 log = logging.getLogger(__name__)
+
+SOON_SECONDS = 1.0  # between two collections after a deletion
+ROUNDS_AFTER_DELETION = 2  # a bundle goes in the second that finds it unwanted
 
 
 class Housekeeping:
@@ -47,6 +51,7 @@ class Housekeeping:
         self._forget = forget
         self._observer = observer
         self._task: asyncio.Task[None] | None = None
+        self._deleted = asyncio.Event()
 
     def start(self, period_seconds: float) -> None:
         """Collect every so often."""
@@ -59,9 +64,13 @@ class Housekeeping:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
+    def hurry(self) -> None:
+        """Collect soon: something was deleted, and its bytes count against nobody any more."""
+        self._deleted.set()
+
     async def collect(self) -> int:
         """Collect once, and return the bytes that came free on disk."""
-        collected = await self._run(self._collector.collect, self._holds.bundles(), self._desk.active)
+        collected = await self._run(self._collector.collect, frozenset(self._holds.bundles()), self._desk.active)
         for bundle in collected.removed - self._store.bundles():  # one may have come back meanwhile
             for digest in self._intake.forget(bundle):
                 self._forget(digest)
@@ -72,8 +81,14 @@ class Housekeeping:
 
     async def _repeat(self, period_seconds: float) -> None:
         while True:
-            await asyncio.sleep(period_seconds)
-            try:
-                await self.collect()
-            except (MotleyError, OSError):
-                log.exception("nothing was collected this time")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(period_seconds):
+                    await self._deleted.wait()
+            times = ROUNDS_AFTER_DELETION if self._deleted.is_set() else 1
+            self._deleted.clear()
+            for _ in range(times):
+                await asyncio.sleep(min(period_seconds, SOON_SECONDS) if times > 1 else 0)
+                try:
+                    await self.collect()
+                except (MotleyError, OSError):
+                    log.exception("nothing was collected this time")

@@ -56,7 +56,6 @@ class AdapterIntake:
         Raises: AdapterFormatError, AdapterMismatchError; FailedPreconditionError (reason=BASE_UNDECLARED).
         """
         inspection = await self._run(lambda: self._source.inspect(directory))
-        self._source.forget(directory)  # it is not where the adapter stays
         self.check_declared(inspection.spec)
         return inspection
 

@@ -16,7 +16,8 @@ from motley_adapters.directories import AdapterDirectories
 from motley_adapters.spec import Adapter
 
 from motley_server.library.files import read_part
-from motley_server.library.uploads import MAX_CHUNK_BYTES, AdapterRegistry, content_of
+from motley_server.library.publishing import AdapterRegistry, content_of
+from motley_server.library.uploads import MAX_CHUNK_BYTES
 from motley_server.registry.bundle_files import FILE_NAMES, BundleFile, bundle_digest
 from motley_server.registry.names import DEFAULT_ALIAS, LOCAL_TENANT
 from motley_server.registry.publication import Publication

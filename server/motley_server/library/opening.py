@@ -24,8 +24,9 @@ from motley_server.library.housekeeping import Housekeeping
 from motley_server.library.intake import AdapterIntake
 from motley_server.library.named import publish_directory
 from motley_server.library.observer import LibraryObserver
+from motley_server.library.publishing import AdapterRegistry, Publishing
 from motley_server.library.sets import AdapterSets
-from motley_server.library.uploads import AdapterRegistry, UploadDesk
+from motley_server.library.uploads import UploadDesk
 from motley_server.library.whereabouts import Whereabouts
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.bundles import BundleStore
@@ -73,10 +74,10 @@ class Library:
         self.intake = AdapterIntake(shelf.source, shelf.cache, registry.store, demands_base=demands_base)
         holds = Holds()
         self.sets = AdapterSets(registry.database, registry.adapters, holds, self.intake, overlapping_channels)
-        self.control = AdapterControl(registry, holds, self.intake, engine)
-        self.desk = UploadDesk(registry, self.intake, observer)
+        self.desk = UploadDesk(registry, Publishing(registry, self.intake, holds), observer)
         collector = Collector(registry.store, registry.adapters, registry.uploads, registry.database.now)
         self.housekeeping = Housekeeping(registry, collector, holds, self.desk, self.intake, engine.forget, observer)
+        self.control = AdapterControl(registry, holds, self.intake, engine, self.housekeeping.hurry)
         self._holds = holds
         self._engine = engine
 

@@ -16,7 +16,6 @@ from motley_server.registry.idempotency import Answer
 from motley_server.registry.records import AdapterRecord, AdapterVersion, Alias, NewVersion, Visibility
 from motley_server.registry.schema import aliases, from_microseconds, shares, to_microseconds
 
-_JSON_FIELDS = ("ranks", "labels")
 _PLAIN_FIELDS = (
     *("digest", "kind", "trained_on", "serves_on"),
     *("size_bytes", "device_bytes", "bundle", "created_by"),
@@ -26,20 +25,22 @@ _PLAIN_FIELDS = (
 def columns_of(content: NewVersion) -> dict[str, Any]:
     """Return what a row holds of a version's content."""
     columns: dict[str, Any] = {name: getattr(content, name) for name in _PLAIN_FIELDS}
-    columns |= {name: dict(getattr(content, name)) for name in _JSON_FIELDS}
+    columns |= {"ranks": dict(content.ranks), "labels": dict(content.labels)}
     return columns | {"files": [asdict(file) for file in content.files]}
 
 
 def version_of(columns: RowMapping | Mapping[str, Any]) -> AdapterVersion:
-    """Return the version of a row."""
+    """Return the version of a row; of one that was read in brief, without ranks and files."""
     return AdapterVersion(
         owner=columns["owner"],
         name=columns["name"],
         version=columns["version"],
-        files=tuple(BundleFile(**file) for file in columns["files"]),
+        ranks=columns.get("ranks", {}),
+        files=tuple(BundleFile(**file) for file in columns.get("files", ())),
+        labels=columns["labels"],
         created_at=columns["created_at"],
         is_pinned=columns["is_pinned"],
-        **{name: columns[name] for name in (*_PLAIN_FIELDS, *_JSON_FIELDS)},
+        **{name: columns[name] for name in _PLAIN_FIELDS},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 
 from sqlalchemy import Connection, RowMapping, select
 
@@ -32,9 +33,15 @@ from motley_server.registry.records import AdapterRecord, AdapterVersion, Alias,
 from motley_server.registry.schema import adapter_versions
 from motley_server.registry.sharing import check_sharing, share_adapter
 from motley_server.registry.tenants import require_owner
-from motley_server.registry.uploads import forget_upload
-from motley_server.registry.versions import add_version, change_version, find_meaning, is_same, newest_version
-from motley_server.registry.visibility import IS_THERE
+from motley_server.registry.uploads import forget_upload, upload_not_found
+from motley_server.registry.versions import (
+    add_version,
+    find_meaning,
+    is_same,
+    newest_version,
+    pin_version,
+    remove_version,
+)
 
 
 class Adapters:
@@ -61,11 +68,12 @@ class Adapters:
     ) -> AdapterVersion:
         """Give content the next number and point aliases at it; what is the newest version already stays that one.
 
-        Semantics: the upload that brought it is off the record in the same moment. Of the quota, other uploads have
-        nothing.
+        Semantics: the upload that brought it is off the record in the same moment; one that is not on it any more
+        brings nothing, whoever has its owner's name by now. Of the quota, other uploads have nothing. A repeat counts
+        as one for as long as its version is there.
         Raises: InvalidArgumentError (reason=INVALID_ADAPTER_NAME, INVALID_ALIAS or INVALID_LABEL); NotFoundError
-        (reason=TENANT_NOT_FOUND); ResourceExhaustedError (reason=QUOTA_ADAPTERS, QUOTA_ADAPTER_BYTES or
-        TOO_MANY_ALIASES).
+        (reason=TENANT_NOT_FOUND or UPLOAD_NOT_FOUND); ResourceExhaustedError (reason=QUOTA_ADAPTERS,
+        QUOTA_ADAPTER_BYTES or TOO_MANY_ALIASES).
         """
         check_adapter_name(name)
         check_labels(content.labels)
@@ -74,10 +82,12 @@ class Adapters:
         request = _publication(owner, name, content.bundle, content.labels, aliases, request_id, scope)
         with self._database.writing() as connection:
             now = self._database.now()
-            forget_upload(connection, owner, upload_id)
-            if (answer := request.earlier_answer(connection, now)) is not None:
-                return adapter_rows.version_answered(answer)
+            is_on_record = forget_upload(connection, owner, upload_id)
+            if (earlier := _earlier_version(connection, request, now)) is not None:
+                return earlier
             require_owner(connection, owner)
+            if upload_id and not is_on_record:
+                raise upload_not_found()
             version = newest_version(connection, owner, name)
             if version is None or not is_same(version, content):
                 check_room(connection, owner, name, content.size_bytes, quota)
@@ -100,12 +110,12 @@ class Adapters:
     ) -> AdapterVersion | None:
         """Return what `publish` answered when it was asked the same under this request id; None if it was not.
 
+        Semantics: None, too, once that version was deleted.
         Raises: AlreadyExistsError (reason=REQUEST_ID_REUSED) where it was asked something else.
         """
         request = _publication(owner, name, bundle, labels, aliases, request_id, scope)
         with self._database.reading() as connection:
-            answer = request.earlier_answer(connection, self._database.now())
-        return None if answer is None else adapter_rows.version_answered(answer)
+            return _earlier_version(connection, request, self._database.now())
 
     def newest(self, owner: str, name: str) -> AdapterVersion | None:
         """Return the newest version of an adapter, whoever may see it; None if it has none."""
@@ -139,7 +149,7 @@ class Adapters:
             return require_visible(connection, tenant_id, owner, name)
 
     def list(self, tenant_id: str, page_size: int = 0, page_token: str = "", filter: str = "") -> Page[AdapterRecord]:
-        """Return the next adapters that a tenant may use, by owner and name.
+        """Return the next adapters that a tenant may use, by owner and name, their versions without ranks and files.
 
         Raises: InvalidArgumentError (reason=BAD_FILTER, BAD_PAGE_TOKEN or OUT_OF_RANGE).
         """
@@ -149,7 +159,7 @@ class Adapters:
     def list_versions(
         self, tenant_id: str, owner: str, name: str, page_size: int = 0, page_token: str = ""
     ) -> Page[AdapterVersion]:
-        """Return the next versions of an adapter, the newest first.
+        """Return the next versions of an adapter, the newest first, without ranks and files.
 
         Raises: NotFoundError (reason=ADAPTER_NOT_FOUND); InvalidArgumentError (reason=BAD_PAGE_TOKEN or OUT_OF_RANGE).
         """
@@ -265,7 +275,7 @@ class Adapters:
             if (answer := request.earlier_answer(connection, now)) is not None:
                 return adapter_rows.version_answered(answer)
             row = _require_deletable(connection, tenant_id, owner, name, version)
-            change_version(connection, row, deleted_at=now)
+            remove_version(connection, row)
             if not has_version(connection, owner, name):
                 share_adapter(connection, owner, name, Visibility.PRIVATE)
             deleted = adapter_rows.version_of(row)
@@ -279,12 +289,12 @@ class Adapters:
         """
         with self._database.writing() as connection:
             row = _require_own_version(connection, tenant_id, owner, name, version)
-            change_version(connection, row, is_pinned=is_pinned)
+            pin_version(connection, row, is_pinned)
             return replace(adapter_rows.version_of(row), is_pinned=is_pinned)
 
     def pinned(self) -> tuple[AdapterVersion, ...]:
         """Return the versions that are to stay on the device, in the order in which they were made."""
-        query = select(adapter_versions).where(adapter_versions.c.is_pinned, IS_THERE)
+        query = select(adapter_versions).where(adapter_versions.c.is_pinned)
         columns = adapter_versions.c
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(columns.created_at, columns.owner, columns.name, columns.version))
@@ -293,7 +303,7 @@ class Adapters:
     def live_bundles(self) -> set[str]:
         """Return the bundles that some version needs."""
         with self._database.reading() as connection:
-            return set(connection.execute(select(adapter_versions.c.bundle).where(IS_THERE).distinct()).scalars())
+            return set(connection.execute(select(adapter_versions.c.bundle).distinct()).scalars())
 
 
 def _publication(
@@ -308,6 +318,17 @@ def _publication(
     # Not what validation found, which is known only at the end, nor whose key: a caller may have another one by then.
     asked = {"owner": owner, "name": name, "bundle": bundle, "labels": dict(labels), "aliases": [*aliases]}
     return Request.of("adapters.publish", scope, request_id, **asked)
+
+
+def _earlier_version(connection: Connection, request: Request, now: datetime) -> AdapterVersion | None:
+    """Return what a publication was answered before; None if it is new, or what it was answered is gone."""
+    answer = request.earlier_answer(connection, now)
+    if answer is None:
+        return None
+    version = adapter_rows.version_answered(answer)
+    # Its number was given to it alone: what has it now, whoever owns it, is the same version.
+    is_there = find_version(connection, version.owner, version.name, version.version) is not None
+    return version if is_there else None
 
 
 def _require_own_version(connection: Connection, tenant_id: str, owner: str, name: str, version: int) -> RowMapping:

@@ -7,8 +7,9 @@ inside transactions that others began, on the database's threads.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, select, update
 
 from motley_server.errors import (
     AbortedError,
@@ -35,6 +36,17 @@ def check_alias(alias: str, field: str) -> None:
     if not is_name(alias) or alias.isdigit():
         message = f"{alias[:140]!r} is no alias: {NAME_RULE}, and not digits alone"
         raise InvalidArgumentError(message, reason="INVALID_ALIAS", field=field)
+
+
+def check_room_for_aliases(connection: Connection, owner: str, name: str, wanted: Sequence[str], field: str) -> None:
+    """Refuse aliases that an adapter would have too many with.
+
+    Raises: ResourceExhaustedError (reason=TOO_MANY_ALIASES).
+    """
+    there = set(connection.execute(select(aliases.c.alias).where(is_of(aliases, owner, name))).scalars())
+    if not there.issuperset(wanted) and len(there.union(wanted)) > MAX_ALIASES:
+        message = f"adapter {name!r} has {len(there)} aliases; {MAX_ALIASES} are allowed"
+        raise ResourceExhaustedError(message, reason="TOO_MANY_ALIASES", field=field)
 
 
 def point_alias(
@@ -106,10 +118,7 @@ def _alias_not_found(name: str, alias: str) -> NotFoundError:
 
 
 def _add(connection: Connection, owner: str, name: str, alias: str, version: int) -> Alias:
-    count = select(func.count()).select_from(aliases).where(is_of(aliases, owner, name))
-    if connection.execute(count).scalar_one() >= MAX_ALIASES:
-        message = f"adapter {name!r} has {MAX_ALIASES} aliases, and no more fit"
-        raise ResourceExhaustedError(message, reason="TOO_MANY_ALIASES", field="alias")
+    check_room_for_aliases(connection, owner, name, [alias], "alias")
     added = Alias(alias, version, 0, secrets.token_hex(8))
     connection.execute(aliases.insert().values(owner=owner, name=name, alias=alias, version=version, etag=added.etag))
     return added

@@ -43,7 +43,7 @@ class BundleStore:
 
     Semantics: an upload is known, across restarts and also after its commit, until `abort` or `collect` forgets it.
     Forget it once what it became is on record: until then it keeps its bundle from being collected.
-    Raises: all methods but `begin`, `abort`, `remove` and `collect`: NotFoundError (reason=UPLOAD_NOT_FOUND or
+    Raises: all methods but `begin`, `abort` and `collect`: NotFoundError (reason=UPLOAD_NOT_FOUND or
     BUNDLE_NOT_FOUND).
     """
 
@@ -54,7 +54,7 @@ class BundleStore:
         """
         self._root = root
         self._disk = Disk() if disk is None else disk
-        self._moves = Lock()  # held for every change of what lies in staging and bundles
+        self._moves = Lock()  # held for every change of what lies in staging and bundles, and never for long
         self._deletions = Lock()
         self._uploads: dict[str, Upload] = {}
         self._recent_uploads: set[str] = set()
@@ -94,7 +94,7 @@ class BundleStore:
             upload = self._known(upload_id)
             trashed = []
             if upload is None:
-                if is_there(self._staging, upload_id):  # it was not begun to the end, or its bundle was removed
+                if is_there(self._staging, upload_id):  # it was not begun to the end, or its bundle is lost
                     trashed.append(self._to_trash(self._staging, upload_id))
                 self._uploads[upload_id] = Upload.create(self._disk, self._staging, upload_id, wanted)
             elif upload.files != wanted:
@@ -184,19 +184,6 @@ class BundleStore:
                 self._disk.fsync(self._staging)
         self._delete(trashed)
 
-    def remove(self, digest: str) -> None:
-        """Remove a bundle. One that is not there is no error. Nobody may be reading it."""
-        name = digest.removeprefix(PREFIX)
-        if not SHA256.fullmatch(name):
-            return
-        with self._moves:
-            if not is_folder(self._bundles, name):
-                return
-            trashed = self._forget_committed(digest)
-            trashed.append(self._to_trash(self._bundles, name))
-            self._disk.fsync(self._bundles)
-        self._delete(trashed)
-
     def collect(self, keep_bundles: Set[str], keep_uploads: Set[str]) -> int:
         """Remove every upload and bundle that nobody keeps, and return the bytes that came free.
 
@@ -236,6 +223,7 @@ class BundleStore:
                     break
                 locks.close()
             try:
+                upload.take_up()  # here, where nobody waits who has another upload
                 yield upload
             except FileNotFoundError:  # collected meanwhile
                 raise _upload_not_found() from None
@@ -250,17 +238,6 @@ class BundleStore:
             return None
         self._uploads[upload_id] = upload
         return upload
-
-    def _forget_committed(self, digest: str) -> list[str]:
-        """Forget the uploads that became a bundle: they must not come back with a later one of the same content."""
-        trashed = []
-        for upload_id in os.listdir(self._staging):
-            upload = self._uploads.get(upload_id) or Upload.load(self._disk, self._staging, upload_id)
-            if upload is not None and upload.is_moved and bundle_digest(upload.files) == digest:
-                self._uploads.pop(upload_id, None)
-                trashed.append(self._to_trash(self._staging, upload_id))
-        self._disk.fsync(self._staging)
-        return trashed
 
     def _move(self, upload: Upload, name: str) -> list[str]:
         """Move an upload's files to where bundles are, or to the trash if they are there already."""

@@ -1,8 +1,8 @@
 """The filter of a list of adapters: `key=value` terms, all of which must hold.
 
-    owner=acme name=legal kind=lora state=ready labels.team=search labels.note="two words"
+    owner=acme name=legal kind=lora labels.team=search labels.note="two words"
 
-The first four are as they are written everywhere else; a label's name follows `labels.`. It reads text and returns
+The first three are as they are written everywhere else; a label's name follows `labels.`. It reads text and returns
 conditions on the newest version of an adapter. Any thread may use it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 
-from sqlalchemy import ColumnElement, false, true
+from sqlalchemy import ColumnElement
 
 from motley_server.errors import InvalidArgumentError
 from motley_server.registry.labels import is_label_key, is_label_value
@@ -19,7 +19,6 @@ from motley_server.registry.schema import adapter_versions, adapters
 
 MAX_CHARACTERS = 1000
 MAX_TERMS = 20
-STATES = ("ready", "deleting")
 
 _COLUMNS = {"owner": adapters.c.owner, "name": adapters.c.name, "kind": adapter_versions.c.kind}
 _LABELS = "labels."
@@ -45,11 +44,6 @@ def _condition_of(term: str) -> ColumnElement[bool]:
     key, equals, value = term.partition("=")
     if not equals:
         raise _refusal(f"{term!r} is no term of the form key=value")
-    if key == "state":
-        if value not in STATES:
-            raise _refusal(f"{value!r} is no state: {', '.join(STATES)}")
-        # What is being deleted, the server process alone knows: here it is there, or it is not.
-        return true() if value == "ready" else false()
     if key.startswith(_LABELS):
         label = key.removeprefix(_LABELS)
         if not is_label_key(label) or not is_label_value(value):
@@ -57,7 +51,7 @@ def _condition_of(term: str) -> ColumnElement[bool]:
         has_label: ColumnElement[bool] = adapter_versions.c.labels[label].as_string() == value
         return has_label
     if key not in _COLUMNS:
-        raise _refusal(f"{key!r} is none of {', '.join(_COLUMNS)}, state and labels.NAME")
+        raise _refusal(f"{key!r} is none of {', '.join(_COLUMNS)} and labels.KEY")
     if not is_name(value):
         raise _refusal(f"{value!r} is no {key}")
     return _COLUMNS[key] == value

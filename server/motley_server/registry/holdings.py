@@ -10,25 +10,23 @@ from sqlalchemy import Connection, delete, exists, func, select
 
 from motley_server.errors import ResourceExhaustedError
 from motley_server.registry.records import Quota
-from motley_server.registry.schema import adapter_versions, adapters, uploads
-from motley_server.registry.visibility import IS_THERE, is_of
+from motley_server.registry.schema import adapter_versions, uploads
+from motley_server.registry.visibility import is_of
 
 
 def has_adapters(connection: Connection, owner: str) -> bool:
-    """Tell whether an owner has any version that was not deleted."""
-    return bool(connection.execute(select(exists().where(adapter_versions.c.owner == owner, IS_THERE))).scalar())
+    """Tell whether an owner has any version."""
+    return bool(connection.execute(select(exists().where(adapter_versions.c.owner == owner))).scalar())
 
 
-def forget_owner(connection: Connection, owner: str) -> None:
-    """Forget an owner's uploads, and the numbers that its deleted versions had; its name may be another's one day."""
+def forget_uploads(connection: Connection, owner: str) -> None:
+    """Forget an owner's uploads, whose name may be another's one day; the numbers of its versions stay given."""
     connection.execute(delete(uploads).where(uploads.c.owner == owner))
-    connection.execute(delete(adapters).where(adapters.c.owner == owner))
 
 
 def has_version(connection: Connection, owner: str, name: str) -> bool:
-    """Tell whether an adapter has any version that was not deleted."""
-    of_name = exists().where(is_of(adapter_versions, owner, name), IS_THERE)
-    return bool(connection.execute(select(of_name)).scalar())
+    """Tell whether an adapter has any version."""
+    return bool(connection.execute(select(exists().where(is_of(adapter_versions, owner, name)))).scalar())
 
 
 def check_room(
@@ -39,14 +37,14 @@ def check_room(
     Raises: ResourceExhaustedError (reason=QUOTA_ADAPTERS or QUOTA_ADAPTER_BYTES).
     """
     if quota.adapters is not None and not has_version(connection, owner, name):
-        names = select(adapter_versions.c.name).where(adapter_versions.c.owner == owner, IS_THERE).distinct()
+        names = select(adapter_versions.c.name).where(adapter_versions.c.owner == owner).distinct()
         held = connection.execute(select(func.count()).select_from(names.subquery())).scalar_one()
         if held >= quota.adapters:
             message = f"{owner!r} has {held} adapters, of {quota.adapters} that its quota allows"
             raise ResourceExhaustedError(message, reason="QUOTA_ADAPTERS", field="quota.adapters")
     if quota.adapter_bytes is not None:
         total = select(func.coalesce(func.sum(adapter_versions.c.size_bytes), 0))
-        used = int(connection.execute(total.where(adapter_versions.c.owner == owner, IS_THERE)).scalar_one())
+        used = int(connection.execute(total.where(adapter_versions.c.owner == owner)).scalar_one())
         if used + announced_bytes + size_bytes > quota.adapter_bytes:
             coming = f" and {announced_bytes} on their way" if announced_bytes else ""
             message = (

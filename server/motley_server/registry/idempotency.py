@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, select
 
 from motley_server.errors import AlreadyExistsError, InvalidArgumentError
 from motley_server.registry.schema import requests
@@ -52,9 +52,7 @@ class Request:
             return None
         row = connection.execute(
             select(requests.c.content_sha256, requests.c.answer).where(
-                requests.c.scope == self.scope,
-                requests.c.request_id == self.request_id,
-                requests.c.answered_at > now - KEPT,
+                self._is_kept(), requests.c.answered_at > now - KEPT
             )
         ).one_or_none()
         if row is None:
@@ -66,9 +64,10 @@ class Request:
         return answer
 
     def keep_answer(self, connection: Connection, now: datetime, answer: Answer) -> None:
-        """Note the answer to a new request, and forget those of more than a day ago."""
+        """Note the answer to a request, in the place of an earlier one, and forget those of more than a day ago."""
         connection.execute(delete(requests).where(requests.c.answered_at <= now - KEPT))
         if self.request_id:
+            connection.execute(delete(requests).where(self._is_kept()))
             connection.execute(
                 requests.insert().values(
                     scope=self.scope,
@@ -78,6 +77,9 @@ class Request:
                     answered_at=now,
                 )
             )
+
+    def _is_kept(self) -> ColumnElement[bool]:
+        return and_(requests.c.scope == self.scope, requests.c.request_id == self.request_id)
 
 
 def forget_scope(connection: Connection, scope: str) -> None:

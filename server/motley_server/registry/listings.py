@@ -1,6 +1,7 @@
 """What a tenant sees of the adapters that it may use: one of them, all by pages, and the versions of one by pages.
 
-It reads, and changes nothing. It runs inside transactions that others began, on the database's threads.
+Versions on pages are without their ranks and files, which are empty there. It reads, and changes nothing. It runs
+inside transactions that others began, on the database's threads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from motley_server.registry.names import is_name
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.registry.records import AdapterRecord, AdapterVersion, Page
 from motley_server.registry.schema import adapter_versions, adapters
-from motley_server.registry.visibility import IS_THERE, is_of, latest_seen_by
+from motley_server.registry.visibility import BRIEF_COLUMNS, is_of, latest_seen_by
 
 
 def require_visible(connection: Connection, tenant_id: str, owner: str, name: str) -> AdapterRecord:
@@ -42,7 +43,8 @@ def page_of_adapters(
     conditions = conditions_of(filter)
     listing = f"adapters of {tenant_id} where {filter}"
     position = pages.decode_position(page_secret, listing, page_token)
-    query = latest_seen_by(tenant_id).where(*conditions).order_by(adapters.c.owner, adapters.c.name).limit(size + 1)
+    query = latest_seen_by(tenant_id, BRIEF_COLUMNS).where(*conditions)
+    query = query.order_by(adapters.c.owner, adapters.c.name).limit(size + 1)
     if position is not None:
         owner, name = position
         same_owner = and_(adapters.c.owner == owner, adapters.c.name > name)
@@ -64,7 +66,7 @@ def page_of_versions(
     size = pages.page_size(page_size)
     listing = f"versions of {owner}/{name}"
     position = pages.decode_position(page_secret, listing, page_token)
-    query = select(adapter_versions).where(is_of(adapter_versions, owner, name), IS_THERE)
+    query = select(*BRIEF_COLUMNS).where(is_of(adapter_versions, owner, name))
     query = query.order_by(adapter_versions.c.version.desc()).limit(size + 1)
     if position is not None:
         query = query.where(adapter_versions.c.version < position[0])

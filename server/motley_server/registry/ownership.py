@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, select
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.registry.names import NAME_RULE, is_name
 from motley_server.registry.schema import adapter_versions
-from motley_server.registry.visibility import IS_THERE, is_of
+from motley_server.registry.visibility import is_of
 
 
 def check_adapter_name(name: str) -> None:
@@ -49,7 +49,7 @@ def require_own(connection: Connection, tenant_id: str, owner: str, name: str) -
     """
     found = None
     if is_name(owner) and is_name(name):
-        versions = select(adapter_versions.c.version).where(is_of(adapter_versions, owner, name), IS_THERE)
+        versions = select(adapter_versions.c.version).where(is_of(adapter_versions, owner, name))
         found = connection.execute(versions.where(adapter_versions.c.owner == tenant_id).limit(1)).first()
     if found is None:
         raise not_ones_own(owner, name)
@@ -57,5 +57,5 @@ def require_own(connection: Connection, tenant_id: str, owner: str, name: str) -
 
 def find_version(connection: Connection, owner: str, name: str, version: int) -> RowMapping | None:
     """Return the row of a version that is there."""
-    query = select(adapter_versions).where(is_of(adapter_versions, owner, name), IS_THERE)
+    query = select(adapter_versions).where(is_of(adapter_versions, owner, name))
     return connection.execute(query.where(adapter_versions.c.version == version)).mappings().one_or_none()

@@ -24,14 +24,24 @@ class Publication:
         self._adapters = adapters
         self._uploads = uploads
 
-    def begin(self, owner: str, upload_id: str, name: str, files: Iterable[BundleFile], quota: Quota) -> None:
-        """Begin an upload for an adapter; one that was begun with the same files goes on as it is.
+    def begin(
+        self,
+        owner: str,
+        upload_id: str,
+        name: str,
+        files: Iterable[BundleFile],
+        quota: Quota,
+        header: str = "",
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Begin an upload for an adapter; one that was begun with the same header and files goes on as it is.
 
         Raises: what `Uploads.begin` and `BundleStore.begin` do.
         """
         wanted = checked_files(files)
         id = store_id(owner, upload_id)
-        if self._uploads.begin(owner, upload_id, name, sum(file.size_bytes for file in wanted), quota):
+        size_bytes = sum(file.size_bytes for file in wanted)
+        if self._uploads.begin(owner, upload_id, name, size_bytes, quota, header, aliases):
             self._store.abort(id)  # what an earlier one of that id, off the record by now, may have left
         self._store.begin(id, wanted)
 

@@ -83,7 +83,8 @@ class NewVersion:
 class AdapterVersion:
     """One immutable version of an adapter; `owner` is a tenant or `public`. Most other fields are NewVersion's.
 
-    Semantics: `is_pinned` says what its owner wants of the device, and may change.
+    Semantics: `is_pinned` says what its owner wants of the device, and may change. In pages of a list, `ranks` and
+    `files` are empty, whatever they are.
     """
 
     owner: str

@@ -118,13 +118,15 @@ requests = Table(
     Index("requests_by_time", "answered_at"),
 )
 
-# A row outlives its last version, so that no number is given twice. Its owner is a tenant, or `public`, which is none.
+# A row outlives its last version, and its owner too, so that no number is ever given twice. The owner is a tenant, or
+# `public`, which is none.
 adapters = Table(
     "adapters",
     METADATA,
     Column("owner", _Id, primary_key=True),
     Column("name", _Id, primary_key=True),
     Column("visibility", String(16), nullable=False),
+    Column("last_version", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
 )
 
@@ -147,7 +149,6 @@ adapter_versions = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("created_by", Text, nullable=False),
     Column("is_pinned", Boolean, nullable=False),
-    Column("deleted_at", UtcTime),
     ForeignKeyConstraint(["owner", "name"], ["adapters.owner", "adapters.name"], ondelete="CASCADE"),
 )
 
@@ -184,6 +185,7 @@ uploads = Table(
     Column("owner", _Id, primary_key=True),
     Column("upload_id", _Id, primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
+    Column("header_sha256", LargeBinary(32), nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Column("touched_at", UtcTime, nullable=False),
     Index("uploads_by_time", "touched_at"),

@@ -52,6 +52,7 @@ class Upload:
         self._staging = staging
         self._progress = {file.name: _Progress(file) for file in files}
         self._is_moved = False
+        self._is_taken_up = True
 
     @classmethod
     def create(cls, disk: Disk, staging: int, upload_id: str, files: tuple[BundleFile, ...]) -> Upload:
@@ -78,20 +79,20 @@ class Upload:
 
     @classmethod
     def load(cls, disk: Disk, staging: int, upload_id: str) -> Upload | None:
-        """Take up an upload that another process began, at the bytes that its files have; None if there is none.
+        """Find an upload that another process began, at the bytes that its files have; None if there is none.
 
-        Semantics: the bytes are synced here, so that all of them count as committed; `verify` reads them again.
+        Semantics: this is quick, and none of the bytes counts as committed before `take_up`; `verify` reads them again.
         """
         files = read_plan(staging, upload_id)
         if files is None:
             return None
         upload = cls(disk, staging, upload_id, files)
+        upload._is_taken_up = False
         try:
             with upload.opened_files() as folder:
                 for progress in upload._progress.values():
-                    with opened(progress.file.name, CHANGE, folder) as file:
-                        progress.written = progress.synced = os.fstat(file).st_size
-                        disk.fsync(file)
+                    with opened(progress.file.name, READ, folder) as file:
+                        progress.written = os.fstat(file).st_size
                     if progress.written:
                         progress.hasher = None
         except FileNotFoundError:
@@ -109,6 +110,12 @@ class Upload:
         for progress in self._progress.values():
             progress.written = progress.synced = progress.file.size_bytes
             progress.is_verified = True
+
+    def take_up(self) -> None:
+        """Bring to disk what another process wrote, however much that is, before anything else is done with it."""
+        if not self._is_taken_up:
+            self.sync()
+            self._is_taken_up = True
 
     def committed(self) -> Mapping[str, int]:
         """Return how many bytes of each file would outlive a loss of power."""

@@ -1,6 +1,7 @@
 """Tenants: who there is, and what each may use.
 
-An id is a tenant's for as long as it is there: nothing that was kept under it outlives it. Tenant `local` is always
+An id is a tenant's for as long as it is there: nothing that was kept under it outlives it, but that the numbers of its
+versions are never given again. Tenant `local` is always
 there, for whoever needs no key; `public` owns adapters and is nobody. It knows no requests and no wire. Methods block:
 they run on the database's threads.
 """
@@ -25,7 +26,7 @@ from motley_server.errors import (
 )
 from motley_server.registry import pages
 from motley_server.registry.database import Database
-from motley_server.registry.holdings import forget_owner, has_adapters
+from motley_server.registry.holdings import forget_uploads, has_adapters
 from motley_server.registry.idempotency import Answer, Request, forget_scope
 from motley_server.registry.names import LOCAL_TENANT, NAME_RULE, PUBLIC_OWNER, is_name
 from motley_server.registry.records import Page, Quota, Tenant
@@ -157,7 +158,7 @@ class Tenants:
             if has_adapters(connection, id):
                 message = f"tenant {id!r} has adapters, which others may use: delete their versions first"
                 raise FailedPreconditionError(message, reason="TENANT_OWNS_ADAPTERS", field="id")
-            forget_owner(connection, id)
+            forget_uploads(connection, id)
             forget_scope(connection, id)
             connection.execute(delete(tenants).where(tenants.c.id == id))
             request.keep_answer(connection, now, {})

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
 
 from motley_server.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from motley_server.registry.aliases import check_room_for_aliases
 from motley_server.registry.database import Database
 from motley_server.registry.holdings import check_room
 from motley_server.registry.names import is_name
@@ -34,11 +35,15 @@ _STORE_ID_DIGITS = 40
 
 @dataclass(frozen=True, slots=True)
 class UploadRecord:
-    """An upload that has become no version yet; `size_bytes` is what it announced, of all files together."""
+    """An upload that has become no version yet.
+
+    Semantics: `size_bytes` is what it announced, of all files together; `header_sha256` says which header that was.
+    """
 
     owner: str
     upload_id: str
     size_bytes: int
+    header_sha256: bytes
     created_at: datetime
     touched_at: datetime
 
@@ -54,34 +59,46 @@ class Uploads:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def begin(self, owner: str, upload_id: str, name: str, size_bytes: int, quota: Quota) -> bool:
+    def begin(
+        self,
+        owner: str,
+        upload_id: str,
+        name: str,
+        size_bytes: int,
+        quota: Quota,
+        header: str = "",
+        aliases: Sequence[str] = (),
+    ) -> bool:
         """Put an upload for an adapter on record, or touch one that is; return whether it is new.
 
         Semantics: what could not be published as things stand is refused, before anybody has sent it; of the quota,
-        the owner's other uploads have what they announced.
+        the owner's other uploads have what they announced. `header` is all that the caller says of the upload, always
+        written alike: an upload that goes on has the one that it began with.
         Raises: InvalidArgumentError (reason=INVALID_UPLOAD_ID or INVALID_ADAPTER_NAME); NotFoundError
         (reason=TENANT_NOT_FOUND); AlreadyExistsError (reason=UPLOAD_EXISTS); ResourceExhaustedError
-        (reason=TOO_MANY_UPLOADS, QUOTA_ADAPTERS or QUOTA_ADAPTER_BYTES).
+        (reason=TOO_MANY_UPLOADS, TOO_MANY_ALIASES, QUOTA_ADAPTERS or QUOTA_ADAPTER_BYTES).
         """
         check_upload_id(upload_id)
         check_adapter_name(name)
+        said = {"size_bytes": size_bytes, "header_sha256": hashlib.sha256(header.encode()).digest()}
         with self._database.writing() as connection:
             now = self._database.now()
             require_owner(connection, owner)
             known = _find(connection, owner, upload_id)
-            if known is not None and known.size_bytes != size_bytes:
-                message = f"upload {upload_id} was begun with other files"
+            if known is not None and {key: getattr(known, key) for key in said} != said:
+                message = f"upload {upload_id} was begun with another header"
                 raise AlreadyExistsError(message, reason="UPLOAD_EXISTS", field="upload_id")
             count, announced_bytes = _others(connection, owner, upload_id)
             check_room(connection, owner, name, size_bytes, quota, announced_bytes)
+            check_room_for_aliases(connection, owner, name, aliases, "aliases")
             if known is not None:
                 _touch(connection, owner, upload_id, now)
                 return False
             if count >= MAX_OPEN_UPLOADS:
                 message = f"{owner!r} has {count} uploads open already: finish or abort one"
                 raise ResourceExhaustedError(message, reason="TOO_MANY_UPLOADS", field="upload_id")
-            row = {"owner": owner, "upload_id": upload_id, "size_bytes": size_bytes}
-            connection.execute(uploads.insert().values(created_at=now, touched_at=now, **row))
+            row = {"owner": owner, "upload_id": upload_id, "created_at": now, "touched_at": now}
+            connection.execute(uploads.insert().values(row | said))
             return True
 
     def get(self, owner: str, upload_id: str) -> UploadRecord:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, and_, func, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, delete, select, update
 
 from motley_server.registry.adapter_rows import version_of
+from motley_server.registry.holdings import has_version
 from motley_server.registry.names import AdapterReference, is_name
 from motley_server.registry.records import AdapterVersion, NewVersion, Visibility
 from motley_server.registry.schema import adapter_versions, adapters, aliases
-from motley_server.registry.visibility import IS_THERE, is_of, versions_seen_by
+from motley_server.registry.visibility import is_of, versions_seen_by
 
 
 def find_meaning(
@@ -38,7 +39,7 @@ def find_meaning(
 
 def newest_version(connection: Connection, owner: str, name: str) -> AdapterVersion | None:
     """Return the newest version of an adapter; None if it has none."""
-    query = select(adapter_versions).where(is_of(adapter_versions, owner, name), IS_THERE)
+    query = select(adapter_versions).where(is_of(adapter_versions, owner, name))
     row = connection.execute(query.order_by(adapter_versions.c.version.desc()).limit(1)).mappings().one_or_none()
     return None if row is None else version_of(row)
 
@@ -52,21 +53,35 @@ def is_same(version: AdapterVersion, content: NewVersion) -> bool:
 def add_version(
     connection: Connection, owner: str, name: str, columns: Mapping[str, Any], now: datetime
 ) -> AdapterVersion:
-    """Add a version under the next number, which none had before, were it deleted."""
-    last = select(func.max(adapter_versions.c.version)).where(is_of(adapter_versions, owner, name))
-    number = (connection.execute(last).scalar() or 0) + 1
-    if number == 1:
+    """Add a version under the next number, which none had before, were it deleted, and its owner since."""
+    is_it = is_of(adapters, owner, name)
+    last = connection.execute(select(adapters.c.last_version).where(is_it)).scalar()
+    number = (last or 0) + 1
+    values: dict[str, Any] = {"last_version": number}
+    if not has_version(connection, owner, name):  # also a name that comes back begins now
+        values["created_at"] = now
+    if last is None:
         private = Visibility.PRIVATE.value
-        connection.execute(adapters.insert().values(owner=owner, name=name, visibility=private, created_at=now))
+        connection.execute(adapters.insert().values(owner=owner, name=name, visibility=private, **values))
+    else:
+        connection.execute(update(adapters).where(is_it).values(**values))
     row = {"owner": owner, "name": name, "version": number, "created_at": now, "is_pinned": False, **columns}
     connection.execute(adapter_versions.insert().values(row))
     return version_of(row)
 
 
-def change_version(connection: Connection, row: RowMapping, **values: object) -> None:
-    """Change what may change of a version: whether it is pinned, and whether it is there."""
-    is_it = and_(is_of(adapter_versions, row["owner"], row["name"]), adapter_versions.c.version == row["version"])
-    connection.execute(update(adapter_versions).where(is_it).values(**values))
+def pin_version(connection: Connection, row: RowMapping, is_pinned: bool) -> None:
+    """Note whether a version is to stay on the device, which alone may change of one."""
+    connection.execute(update(adapter_versions).where(_is_version(row)).values(is_pinned=is_pinned))
+
+
+def remove_version(connection: Connection, row: RowMapping) -> None:
+    """Remove a version that no alias points at; its number stays given."""
+    connection.execute(delete(adapter_versions).where(_is_version(row)))
+
+
+def _is_version(row: RowMapping) -> ColumnElement[bool]:
+    return and_(is_of(adapter_versions, row["owner"], row["name"]), adapter_versions.c.version == row["version"])
 
 
 def _narrow(versions: Select[Any], owner: str, reference: AdapterReference) -> Select[Any]:

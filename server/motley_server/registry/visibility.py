@@ -7,6 +7,7 @@ is put together on the database's threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, FromClause, Select, and_, exists, func, or_, select
@@ -15,7 +16,9 @@ from motley_server.registry.names import PUBLIC_OWNER
 from motley_server.registry.records import Visibility
 from motley_server.registry.schema import adapter_versions, adapters, shares
 
-IS_THERE = adapter_versions.c.deleted_at.is_(None)
+# All but what is hundreds of entries a version, and takes longer to read than the rest together.
+BRIEF_COLUMNS = tuple(column for column in adapter_versions.c if column.name not in ("ranks", "files"))
+_EVERY_COLUMN = tuple(adapter_versions.c)
 
 
 def is_of(table: FromClause, owner: str | ColumnElement[str], name: str | ColumnElement[str]) -> ColumnElement[bool]:
@@ -31,23 +34,23 @@ def is_visible(tenant_id: str) -> ColumnElement[bool]:
     )
 
 
-def versions_seen_by(tenant_id: str) -> Select[Any]:
+def versions_seen_by(tenant_id: str, columns: Sequence[ColumnElement[Any]] = _EVERY_COLUMN) -> Select[Any]:
     """Select the versions that a tenant may use."""
     joined = adapter_versions.join(adapters, is_of(adapters, adapter_versions.c.owner, adapter_versions.c.name))
-    return select(adapter_versions).select_from(joined).where(IS_THERE, is_visible(tenant_id))
+    return select(*columns).select_from(joined).where(is_visible(tenant_id))
 
 
-def latest_seen_by(tenant_id: str) -> Select[Any]:
+def latest_seen_by(tenant_id: str, columns: Sequence[ColumnElement[Any]] = _EVERY_COLUMN) -> Select[Any]:
     """Select each adapter that a tenant may use as its newest version, with `visibility` and `adapter_created_at`."""
     others = adapter_versions.alias()
     newest = (
         select(func.max(others.c.version))
-        .where(is_of(others, adapters.c.owner, adapters.c.name), others.c.deleted_at.is_(None))
+        .where(is_of(others, adapters.c.owner, adapters.c.name))
         .correlate(adapters)
         .scalar_subquery()
     )
     return (
-        versions_seen_by(tenant_id)
+        versions_seen_by(tenant_id, columns)
         .where(adapter_versions.c.version == newest)
         .add_columns(adapters.c.visibility, adapters.c.created_at.label("adapter_created_at"))
     )

@@ -20,14 +20,15 @@ from motley.v1 import adapter_pb2, adapter_pb2_grpc
 from motley_server.asked import Caller, Role
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.library.control import AdapterControl, DownloadPart, FileChunk
+from motley_server.library.publishing import AdapterRegistry
 from motley_server.library.sets import read_reference
-from motley_server.library.uploads import AdapterRegistry, UploadDesk
+from motley_server.library.uploads import UploadDesk
 from motley_server.library.whereabouts import Whereabouts
 from motley_server.registry.bundle_files import FILE_NAMES
 from motley_server.registry.names import NAME_RULE, PUBLIC_OWNER, AdapterReference, is_name
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.registry.records import AdapterVersion
-from motley_server.rpc.call import current_caller
+from motley_server.rpc.call import current_caller, note
 from motley_server.rpc.convert_adapters import (
     adapter_to,
     alias_to,
@@ -42,6 +43,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT_WAIT_SECONDS = 30.0
 MAX_WAIT = timedelta(days=1)
+MAX_NOTED_TENANTS = 20  # in a line of the audit
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +59,21 @@ class AdapterLibrary:
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     """Take in, name, share, send back and delete adapters."""
 
-    def __init__(self, library: AdapterLibrary, check_open: Callable[[], None]) -> None:
+    def __init__(self, library: AdapterLibrary, count: Callable[[Caller], None]) -> None:
+        """Make the service; `count` counts a call, or refuses it."""
         self._run = library.registry.database.run
         self._adapters = library.registry.adapters
         self._uploads = library.registry.uploads
         self._desk = library.desk
         self._control = library.control
         self._whereabouts = library.whereabouts
-        self._check_open = check_open
+        self._count = count
 
     async def UploadAdapter(  # noqa: N802
         self, request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest], context: Context
     ) -> adapter_pb2.UploadAdapterResponse:
         """Take an adapter in, and answer when it is a version."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         version = await receive_upload(self._desk, request_iterator, caller, partial(_owned, caller))
         return adapter_pb2.UploadAdapterResponse(version=self._write(version, caller))
 
@@ -79,7 +81,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.GetUploadRequest, context: Context
     ) -> adapter_pb2.GetUploadResponse:
         """Say how far an upload has come."""
-        self._check_open()
+        self._counted()
         committed, expires = await self._desk.committed(*await self._begun(request.upload_id))
         return adapter_pb2.GetUploadResponse(
             upload_id=request.upload_id, committed_bytes=committed, expire_time=timestamp_to(expires)
@@ -89,7 +91,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.AbortUploadRequest, context: Context
     ) -> adapter_pb2.AbortUploadResponse:
         """Forget an upload."""
-        self._check_open()
+        self._counted()
         await self._desk.abort(*await self._begun(request.upload_id))
         return adapter_pb2.AbortUploadResponse()
 
@@ -97,8 +99,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.GetAdapterRequest, context: Context
     ) -> adapter_pb2.GetAdapterResponse:
         """Return an adapter, and the version that a name of it means."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         reference = read_reference(request.name, "name")
         version = await self._run(self._adapters.resolve, caller.tenant_id, reference)
         if version is None:
@@ -112,8 +113,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAdaptersRequest, context: Context
     ) -> adapter_pb2.ListAdaptersResponse:
         """Return adapters by pages."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         asked = (request.page_size, request.page_token, request.filter)
         page = await self._run(self._adapters.list, caller.tenant_id, *asked)
         return adapter_pb2.ListAdaptersResponse(
@@ -127,8 +127,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAdapterVersionsRequest, context: Context
     ) -> adapter_pb2.ListAdapterVersionsResponse:
         """Return an adapter's versions by pages."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         owner, name = _named(request.name, caller)
         asked = (owner, name, request.page_size, request.page_token)
         page = await self._run(self._adapters.list_versions, caller.tenant_id, *asked)
@@ -141,8 +140,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapter_pb2.DownloadAdapterResponse]:
         """Send the files of a version back."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         if len(request.offsets) > len(FILE_NAMES):
             message = f"{len(request.offsets)} items; {len(FILE_NAMES)} are allowed"
             raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="offsets")
@@ -160,6 +158,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         alias = await self._control.set_alias(
             acting, owner, name, request.alias, request.version, etag, self._once(request)
         )
+        note(digest=await self._control.digest_of(owner, name, alias.version))
         return adapter_pb2.SetAliasResponse(alias=alias_to(alias))
 
     async def RollbackAlias(  # noqa: N802
@@ -168,9 +167,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Point an alias where it pointed before."""
         acting, owner, name = _owned(current_caller(), request.name)
         etag = request.etag if request.HasField("etag") else None
-        alias = await self._run(
-            partial(self._adapters.rollback_alias, acting, owner, name, request.alias, etag=etag, **self._once(request))
-        )
+        alias = await self._control.rollback_alias(acting, owner, name, request.alias, etag, self._once(request))
+        note(version=alias.version, digest=await self._control.digest_of(owner, name, alias.version))
         return adapter_pb2.RollbackAliasResponse(alias=alias_to(alias))
 
     async def ShareAdapter(  # noqa: N802
@@ -180,6 +178,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         caller = current_caller()
         acting, owner, name = _owned(caller, request.name)
         visibility, tenants = visibility_from(request.visibility), list(request.tenants)
+        note(tenants=" ".join(tenants[:MAX_NOTED_TENANTS]))
         record = await self._run(
             partial(self._adapters.share, acting, owner, name, visibility, tenants, **self._once(request))
         )
@@ -194,14 +193,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         deleted = await self._control.delete(
             acting, owner, name, request.version, timeout_seconds=wait, force=request.force, once=self._once(request)
         )
+        note(digest=deleted.digest)
         return adapter_pb2.DeleteAdapterVersionResponse(freed_bytes=deleted.size_bytes)
 
     async def PinAdapter(  # noqa: N802
         self, request: adapter_pb2.PinAdapterRequest, context: Context
     ) -> adapter_pb2.PinAdapterResponse:
         """Load a version onto the device, and keep it there."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         pinned = await self._control.pin(*_owned_reference(request.name, caller))
         return adapter_pb2.PinAdapterResponse(version=self._write(pinned, caller))
 
@@ -209,8 +208,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.UnpinAdapterRequest, context: Context
     ) -> adapter_pb2.UnpinAdapterResponse:
         """Let a version be evicted again."""
-        self._check_open()
-        caller = current_caller()
+        caller = self._counted()
         unpinned = await self._control.unpin(*_owned_reference(request.name, caller))
         return adapter_pb2.UnpinAdapterResponse(version=self._write(unpinned, caller))
 
@@ -236,8 +234,13 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     def _once(self, request: Any) -> dict[str, str]:
         """Return what makes a change happen once: its id, in the namespace of the caller's tenant."""
-        self._check_open()
-        return {"request_id": request.request_id, "scope": current_caller().tenant_id}
+        return {"request_id": request.request_id, "scope": self._counted().tenant_id}
+
+    def _counted(self) -> Caller:
+        """Count the call that runs, and return who makes it."""
+        caller = current_caller()
+        self._count(caller)
+        return caller
 
 
 def _named(text: str, caller: Caller, field: str = "name") -> tuple[str, str]:

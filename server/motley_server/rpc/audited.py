@@ -11,7 +11,10 @@ from typing import Final
 from google.protobuf.message import Message
 
 # By the name of the line's entry, of the request and then of the answer, which knows what was made.
-FIELDS: Final = ("id", "tenant_id", "key_id", "upload_id", "adapter_name", "name", "version", "alias", "digest", "role")
+FIELDS: Final = (
+    *("id", "tenant_id", "key_id", "role"),
+    *("upload_id", "adapter_name", "name", "version", "alias", "visibility", "digest"),
+)
 ANSWER_PATHS: Final = {"key_id": ("key", "id"), "digest": ("version", "digest"), "version": ("version", "version")}
 MAX_TEXT: Final = 200  # characters
 

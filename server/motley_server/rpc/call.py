@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from motley_server.asked import Caller
 
 _SUBJECT: ContextVar[Message | None] = ContextVar("motley_subject", default=None)
+_NOTES: ContextVar[dict[str, str | int]] = ContextVar("motley_notes")
 _CALLER: ContextVar[Caller] = ContextVar("motley_caller")
 
 
@@ -34,3 +35,15 @@ def set_subject(message: Message) -> None:
 def current_subject() -> Message | None:
     """Return what `set_subject` noted."""
     return _SUBJECT.get()
+
+
+def begin_notes() -> dict[str, str | int]:
+    """Open the notes that the code of this RPC adds to its line in the audit."""
+    notes: dict[str, str | int] = {}
+    _NOTES.set(notes)
+    return notes
+
+
+def note(**facts: str | int) -> None:
+    """Note what the messages of this RPC do not tell of its object; nothing is noted of what is empty."""
+    _NOTES.get().update({name: fact for name, fact in facts.items() if fact})

@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from motley.v1 import adapter_pb2
 
 from motley_server.errors import InvalidArgumentError
-from motley_server.library.uploads import AskedUpload
+from motley_server.library.publishing import AskedUpload
 from motley_server.library.whereabouts import Whereabouts
 from motley_server.registry.aliases import MAX_ALIASES
 from motley_server.registry.bundle_files import FILE_NAMES, BundleFile

@@ -23,7 +23,7 @@ from motley_server.audit import ControlAction, write_down
 from motley_server.errors import MotleyError
 from motley_server.rpc.access import OPEN_METHODS, check_roles, rule_of
 from motley_server.rpc.audited import target_of
-from motley_server.rpc.call import current_subject, set_caller
+from motley_server.rpc.call import begin_notes, current_subject, set_caller
 from motley_server.rpc.identity import Identify
 from motley_server.rpc.status import REQUEST_ID_KEY, code_of, to_status, trailers
 from motley_server.rpc.wire_checks import check_answer, check_message, lenient
@@ -80,7 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         headers = [(str(key), value) for key, value in context.invocation_metadata() or ()]
         request_id = _request_id(dict(headers))
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-        began = time.monotonic()
+        began, notes = time.monotonic(), begin_notes()
         code, caller, answer = grpc.StatusCode.UNKNOWN, None, None
         try:
             if method not in OPEN_METHODS:
@@ -104,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # Before the caller can see the end, so that who has seen it finds it counted and written down.
             self._observer.rpc_finished(method, code.name, time.monotonic() - began)
             if rule_of(method).is_audited:
-                _write_down(method, code, request_id, caller, target_of(current_subject() or request, answer))
+                _write_down(method, code, request_id, caller, target_of(current_subject() or request, answer) | notes)
         await _abort(context, failure, method, request_id)
 
     async def _answer(self, behavior: Behavior, request: Any, context: Context) -> Any:
@@ -121,7 +121,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async with aclosing(outcome) as messages:  # type: ignore[type-var]
             async for message in messages:
                 check_answer(message, self._max_message_bytes)
-                await context.write(message)
+                try:
+                    await context.write(message)
+                except grpc.aio.BaseError as error:  # nobody reads any more, and that is no fault
+                    raise asyncio.CancelledError from error
         return None
 
     async def _identified(

@@ -88,7 +88,7 @@ class RpcServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(service, self._server)
         tenants = TenantService(backend.registry, backend.admission.check_open)
         tenant_pb2_grpc.add_TenantServiceServicer_to_server(tenants, self._server)
-        adapters = AdapterService(backend.library, backend.admission.check_open)
+        adapters = AdapterService(backend.library, backend.admission.count)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         self.health.add_to(self._server)
 

@@ -13,7 +13,8 @@ from motley.v1 import adapter_pb2
 
 from motley_server.asked import Caller
 from motley_server.errors import InvalidArgumentError, MotleyError
-from motley_server.library.uploads import OpenUpload, Publisher, UploadDesk
+from motley_server.library.publishing import Publisher
+from motley_server.library.uploads import OpenUpload, UploadDesk
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.registry.records import AdapterVersion, Quota
 from motley_server.rpc.call import set_subject
