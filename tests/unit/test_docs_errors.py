@@ -26,7 +26,7 @@ NO_REASONS = {
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment
     "KEY", "FILE", "QUOTA", "ALIAS", "TENANT", "TERMS",  # help
-    "CHECKSUM_MISMATCH", "UPLOAD_OFFSET",  # the server's too
+    "CHECKSUM_MISMATCH", "UPLOAD_NOT_FOUND", "UPLOAD_OFFSET",  # the server's too
     "RST_STREAM",  # of HTTP/2
     "DNS",  # in certificates
     "GET",
