@@ -20,6 +20,17 @@ class TypedError(Exception):
     message, reason, field = "no room", "NO_ROOM", "kv_cache_bytes"
 """
 
+NOT_INSTALLED = """
+import sys
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name == "motley_trainer":
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Gone())
+"""
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
@@ -95,6 +106,8 @@ def test_a_missing_library_names_the_extra(site: Path, source: str) -> None:
 
 
 def test_a_missing_root_names_the_extra(site: Path) -> None:
+    (site / "sitecustomize.py").write_text(NOT_INSTALLED)
+
     result = motley(site, "worker")
 
     assert result.returncode == 1

@@ -27,13 +27,21 @@ def refusal_of_loading(directories: AdapterDirectories, digest: str) -> str:
     return caught.value.reason
 
 
-def test_what_was_read_or_inspected_is_loaded_again(tmp_path: Path) -> None:
+def test_what_was_read_is_loaded_again_and_what_was_inspected_is_not_remembered(tmp_path: Path) -> None:
     directories = AdapterDirectories(tiny_spec())
     read = directories.read(write_seeded(tmp_path / "a", 1))
     inspection = directories.inspect(write_seeded(tmp_path / "b", 2))
     assert directories.load(read.spec.digest).spec == read.spec
-    assert directories.load(inspection.spec.digest).spec == inspection.spec
-    assert read.spec.digest != inspection.spec.digest
+    with pytest.raises(AdapterLoadError) as caught:
+        directories.load(inspection.spec.digest)
+    assert caught.value.reason == "ADAPTER_UNREADABLE"
+
+
+def test_inspecting_a_place_that_is_known_takes_nothing_from_it(tmp_path: Path) -> None:
+    directories = AdapterDirectories(tiny_spec())
+    read = directories.read(write_seeded(tmp_path / "a", 1))
+    directories.inspect(tmp_path / "a")
+    assert directories.load(read.spec.digest).spec == read.spec
 
 
 def test_what_is_refused_is_not_remembered(tmp_path: Path) -> None:
