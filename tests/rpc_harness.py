@@ -132,7 +132,7 @@ async def serving(
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
     admission = Admission(engine, base, tokenizer, library.sets, limits, metrics, Quotas(metrics))
     facts = ServerFacts(
-        version="1.2.3", base=base, quantization="none", device="cpu", kernel="grouped", adapter_kinds=("lora",),
+        version="1.2.3", base=base, device="cpu", kernel="grouped", adapter_kinds=("lora",),
         context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
         max_waiting=256, adapter_cache_bytes=8192, adapter_arena_bytes=2048,
     )  # fmt: skip

@@ -80,9 +80,10 @@ def write_manifest(
         "trained_on": manifest.trained_on,
         "serves_on": manifest.serves_on,
         "digest": manifest.digest,
-        manifest.kind: dict(details),
         "provenance": dict(provenance or {}),
     }
+    if manifest.kind != _PLAIN_KIND:
+        fields[manifest.kind] = dict(details)
     text = json.dumps(fields, indent=2, allow_nan=False)
     (directory / MANIFEST_FILE).write_text(f"{text}\n", encoding="utf-8")
 
@@ -90,8 +91,9 @@ def write_manifest(
 def check_base(manifest: Manifest, base: BaseSpec) -> None:
     """Refuse an adapter that declares another base than the one served, or not enough to tell.
 
-    Semantics: a LoRA may leave its base undeclared. S2FT and GOAT change or build on the base's very weights, so both
-    fields must name the base. LoRAM must name the base it serves on, and is trained on another: a pruned copy.
+    Semantics: a LoRA may leave its base undeclared; one of an original that was cut down to this pruned copy names
+    both. S2FT and GOAT change or build on the base's very weights, so both fields must name the base. LoRAM must name
+    the base it serves on, and is trained on another: a pruned copy.
     Raises: AdapterFormatError with reason MISSING_FIELD; AdapterMismatchError with reason BASE_MISMATCH, naming both
     fingerprints.
     """
@@ -104,6 +106,8 @@ def check_base(manifest: Manifest, base: BaseSpec) -> None:
         if declared[name] == UNDECLARED:
             message = f"{_ROOT}.{name} is missing: the kind {manifest.kind} is bound to a base"
             raise AdapterFormatError(message, reason="MISSING_FIELD", field=f"{_ROOT}.{name}")
+    if (manifest.kind, manifest.trained_on, manifest.serves_on) == (_PLAIN_KIND, base.pruned_from, base.fingerprint):
+        return
     for name in equal:
         if declared[name] not in (UNDECLARED, base.fingerprint):
             raise _mismatch(name, declared[name], base)

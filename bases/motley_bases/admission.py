@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from motley_bases.errors import UnsupportedBaseError
+from motley_bases.quantization import quantization_faults
 
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
@@ -81,8 +82,8 @@ def _faults(config: PreTrainedConfig) -> Iterator[tuple[str, str, str]]:
             )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         yield "architectures", "NOT_A_CAUSAL_LM", "transformers has no causal language model for it"
-    if getattr(config, "quantization_config", None) is not None:
-        yield "quantization_config", "QUANTIZED_CHECKPOINT", "its weights are stored quantized"
+    for field, sentence in quantization_faults(getattr(config, "quantization_config", None)):
+        yield field, "QUANTIZED_CHECKPOINT", f"its weights are stored quantized, and {sentence}"
     yield from _attention_faults(config)
     for settings in rope_parameters(config):
         rope_type = settings.get("rope_type", settings.get("type", "default"))

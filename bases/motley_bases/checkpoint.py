@@ -18,10 +18,10 @@ TOKENIZER_FILE = "tokenizer.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"})
 
 
-def resolve_base(name: str) -> Path:
-    """Turn what `--base` says into the directory of a readable checkpoint.
+def find_base(name: str) -> Path:
+    """Turn what `--base` says into a directory that holds a base's config, whether or not its weights lie there.
 
-    Raises: UnreadableBaseError if there is no such directory, or a file that every checkpoint needs is missing from it.
+    Raises: UnreadableBaseError if there is no such directory, or it is an adapter's, or has no config.
     """
     directory = Path(__file__).parent / "assets" / name if name in EMBEDDED_BASES else Path(name).expanduser()
     if not directory.is_dir():
@@ -30,6 +30,15 @@ def resolve_base(name: str) -> Path:
     if (directory / "adapter_config.json").exists():
         raise _unreadable(f"{directory} is an adapter (it has adapter_config.json), not a base", "IS_AN_ADAPTER")
     read_config(directory)
+    return directory
+
+
+def resolve_base(name: str) -> Path:
+    """Turn what `--base` says into the directory of a readable checkpoint.
+
+    Raises: UnreadableBaseError if there is no such directory, or a file that every checkpoint needs is missing from it.
+    """
+    directory = find_base(name)
     weight_files(directory)
     if not (directory / TOKENIZER_FILE).is_file():
         raise _unreadable(f"{directory} has no {TOKENIZER_FILE}: only fast tokenizers are read", "NO_TOKENIZER")
@@ -45,6 +54,11 @@ def read_generation_config(directory: Path) -> Mapping[str, object] | None:
     """Read generation_config.json as it is stored; None if the checkpoint has none."""
     path = directory / "generation_config.json"
     return _read_object(path, "NO_CONFIG") if path.exists() else None
+
+
+def has_weights(directory: Path) -> bool:
+    """Tell whether weights lie in a directory."""
+    return (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file()
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:

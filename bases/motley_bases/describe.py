@@ -16,6 +16,7 @@ from motley_bases.admission import rope_parameters
 from motley_bases.errors import UnsupportedBaseError
 from motley_bases.generation import StoredGeneration, generation_defaults
 from motley_bases.probe import ProbeReport
+from motley_bases.quantization import is_linear, is_quantized
 from motley_bases.spec import BaseSpec
 
 
@@ -40,11 +41,13 @@ def describe(
         raise _unsupported(model, "token embedding", type(embedding).__name__)
     if not isinstance(lm_head, nn.Linear) or lm_head.out_features != embedding.num_embeddings:
         raise _unsupported(model, "lm_head", type(lm_head).__name__)
+    if is_quantized(lm_head):
+        raise _unsupported(model, "lm_head", "quantized, and it is served whole only")
     embedding_path, lm_head_path = _path_of(model, embedding), _path_of(model, lm_head)
     linears = {
         path: (module.in_features, module.out_features)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path in report.linears
+        if isinstance(module, nn.Linear) and is_linear(module) and path in report.linears
     }
     if lm_head_path not in linears:
         raise _unsupported(model, "lm_head", "one not called once for the sampled rows")

@@ -6,6 +6,7 @@ written on the engine thread.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -45,5 +46,9 @@ def allocate_layer(
 
 def bytes_per_block(spec: BaseSpec, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes that one block takes in all layers together, keys and values."""
-    values_per_token = sum(2 * layer.num_kv_heads * layer.head_dim for layer in spec.layers)
-    return values_per_token * block_size * dtype.itemsize
+    return bytes_per_token(spec.layers, dtype) * block_size
+
+
+def bytes_per_token(layers: Iterable[LayerSpec], dtype: torch.dtype) -> int:
+    """Return the bytes that one token takes in all layers together, keys and values."""
+    return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * dtype.itemsize

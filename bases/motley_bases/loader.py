@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from motley_bases.admission import check_config, check_stored_config
 from motley_bases.attention import register_attention
 from motley_bases.base import Base
+from motley_bases.base_record import resolve_fingerprint
 from motley_bases.checkpoint import read_config, resolve_base, weight_files
 from motley_bases.describe import describe
 from motley_bases.errors import UnreadableBaseError, UnsupportedBaseError
@@ -34,6 +35,18 @@ from motley_bases.generation import read_generation
 from motley_bases.linear import attach
 from motley_bases.packing import can_pack, pack_linears
 from motley_bases.probe import probe
+from motley_bases.progress_bars import without_progress_bars
+from motley_bases.pruned import read_bound_manifest, register_pruned
+from motley_bases.quantization import (
+    AUTO,
+    CONFIG_FIELD,
+    NONE,
+    choose_quantization,
+    quantizer_config,
+    require_quantizer,
+    settle,
+    stored_quantization,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -43,25 +56,33 @@ __all__ = ["load_base", "resolve_base"]
 logger = logging.getLogger(__name__)
 
 
-def load_base(directory: Path, *, dtype: str, device: torch.device, cache_directory: Path | None = None) -> Base:
+def load_base(
+    directory: Path, *, dtype: str, device: torch.device, quantize: str = AUTO, cache_directory: Path | None = None
+) -> Base:
     """Load, probe and describe a base, and put adapter sites in place.
 
     Semantics: dtype is auto, float32, bfloat16 or float16; auto is the checkpoint's own (see `choose_dtype`).
-    `cache_directory` remembers fingerprints.
+    quantize is auto, none, nf4 or int8; auto is as the checkpoint is stored. `cache_directory` remembers fingerprints.
     Raises: UnreadableBaseError if the checkpoint is broken; UnsupportedBaseError if it would be served wrongly, with
     the config field at fault.
     """
+    register_pruned()
     check_stored_config(read_config(directory))
-    config = _read_parsed_config(directory)
+    config = read_parsed_config(directory)
     check_config(config)
     stored_generation = read_generation(directory)
-    digest = fingerprint(directory, cache_directory=cache_directory)
-    tokenizer = _load_tokenizer(directory)
-    model = _load_model(directory, choose_dtype(dtype, directory, config, device))
-    nn.Module.to(model, device).train(False).requires_grad_(False)
+    stored = stored_quantization(getattr(config, "quantization_config", None))
+    quantization = choose_quantization(quantize, stored)
+    digest = resolve_fingerprint(directory, fingerprint(directory, cache_directory=cache_directory), stored)
+    manifest = read_bound_manifest(directory, config, digest)
+    tokenizer = load_tokenizer(directory)
+    model = load_model(directory, choose_dtype(dtype, directory, config, device), device, quantization)
     register_attention()
     report = probe(model)
     spec = describe(model, tokenizer, report, stored_generation, name=directory.name, fingerprint=digest)
+    spec = replace(
+        spec, quantization=quantization, pruned_from=None if manifest is None else manifest.original_fingerprint
+    )
     sites = attach(model, spec)
     if can_pack(device, model.dtype):
         pack_linears(model)
@@ -81,6 +102,19 @@ def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: 
         raise UnsupportedBaseError(
             f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}", reason="DTYPE", field="dtype"
         )
+    chosen = stored_dtype(directory, config)
+    if chosen is torch.float16 and device.type == "cpu":
+        # CPUs compute float16 by conversion, slower than float32, and it overflows at 65504.
+        logger.info("serving a float16 checkpoint in float32: on a CPU float16 is slower and overflows")
+        return torch.float32
+    return chosen
+
+
+def stored_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype that the config names, or else the one most of the stored bytes have.
+
+    Raises: UnsupportedBaseError for one that cannot be computed with.
+    """
     chosen = config.dtype
     if chosen is None:
         stored = stored_dtypes(weight_files(directory))
@@ -89,14 +123,14 @@ def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: 
         raise UnsupportedBaseError(
             f"the checkpoint's dtype {chosen} is none of {', '.join(DTYPES)}", reason="DTYPE", field="dtype"
         )
-    if chosen is torch.float16 and device.type == "cpu":
-        # CPUs compute float16 by conversion, slower than float32, and it overflows at 65504.
-        logger.info("serving a float16 checkpoint in float32: on a CPU float16 is slower and overflows")
-        return torch.float32
     return cast(torch.dtype, chosen)
 
 
-def _read_parsed_config(directory: Path) -> PreTrainedConfig:
+def read_parsed_config(directory: Path) -> PreTrainedConfig:
+    """Read the config as transformers understands it.
+
+    Raises: UnreadableBaseError with reason BROKEN_CONFIG.
+    """
     with _refusing(f"{directory / 'config.json'} is refused by transformers", "BROKEN_CONFIG"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     window = getattr(config, "sliding_window", None)
@@ -109,7 +143,11 @@ def _read_parsed_config(directory: Path) -> PreTrainedConfig:
     return cast(PreTrainedConfig, config)
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Read the fast tokenizer.
+
+    Raises: UnreadableBaseError with reason BROKEN_TOKENIZER or NO_TOKENIZER.
+    """
     with _refusing(f"the tokenizer in {directory} cannot be read", "BROKEN_TOKENIZER"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -117,9 +155,19 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Read the weights, and insist that they are exactly the model's."""
-    with _without_progress_bars(), _refusing(f"{directory} cannot be built into a model", "MODEL_CONSTRUCTION"):
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device, quantization: str) -> PreTrainedModel:
+    """Read the weights onto a device, quantize them if asked to, and insist that they are exactly the model's.
+
+    Raises: UnreadableBaseError for other weights; UnsupportedBaseError if what quantizes is not installed.
+    """
+    keywords: dict[str, object] = {}
+    if quantization != NONE:
+        require_quantizer()
+        # Straight onto the device: quantized weights that are moved afterwards lose their scales.
+        keywords["device_map"] = {"": device}
+        if CONFIG_FIELD not in read_config(directory):
+            keywords["quantization_config"] = quantizer_config(quantization, dtype)
+    with without_progress_bars(), _refusing(f"{directory} cannot be built into a model", "MODEL_CONSTRUCTION"):
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             directory,
             dtype=dtype,
@@ -128,6 +176,7 @@ def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported below, and refused like the others
+            **keywords,
         )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(entry) for entry in info[kind])
@@ -138,6 +187,11 @@ def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
                 reason="OTHER_WEIGHTS",
                 field=kind,
             )
+    if quantization != NONE:
+        settle(model, quantization, dtype)
+    else:
+        nn.Module.to(model, device)
+    model.train(False).requires_grad_(False)
     return cast(PreTrainedModel, model)
 
 
@@ -151,16 +205,3 @@ def _refusing(what: str, reason: str) -> Iterator[None]:
     except Exception as error:
         quoted = " ".join(str(error).split())
         raise UnreadableBaseError(f"{what}: {type(error).__name__}: {quoted}", reason=reason) from error
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers' progress bars out of a server's log for a while."""
-    bars = cast(Any, transformers_logging)
-    were_enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            bars.enable_progress_bar()

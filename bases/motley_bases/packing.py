@@ -7,10 +7,15 @@ stays what it was; asked for, it is unpacked again, bit for bit. Runs once, whil
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from motley_bases.linear import AdapterLinear
+from motley_bases.quantization import is_quantized
+
+LONG_SIDE = 4096  # a multiple of any block
 
 
 class PackedLinear(nn.Module):
@@ -46,11 +51,35 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@dataclass(frozen=True, slots=True)
+class PackingBlocks:
+    """The multiples to which this machine's packing fills up a weight's sides."""
+
+    outputs: int
+    inputs: int
+
+    def packed_bytes(self, in_features: int, out_features: int) -> int:
+        """Return the bytes of a packed bfloat16 weight."""
+        outputs = -(-out_features // self.outputs) * self.outputs
+        return outputs * -(-in_features // self.inputs) * self.inputs * torch.bfloat16.itemsize
+
+
+def packing_blocks() -> PackingBlocks:
+    """Find out how this machine's packing fills up a weight's sides, by packing two small ones."""
+    values = [
+        int(torch.ops.mkldnn._nbytes(torch.ops.mkldnn._reorder_linear_weight(weight))) // weight.itemsize
+        for weight in (torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, LONG_SIDE, dtype=torch.bfloat16))
+    ]
+    outputs = values[1] // LONG_SIDE
+    return PackingBlocks(outputs, values[0] // outputs)
+
+
 def pack_linears(model: nn.Module) -> None:
     """Pack the base weight of every adapter site, one after the other.
 
     Effects: the sites' plain Linears are let go of; a weight that the token embedding shares stays there as well.
+    Quantized Linears stay what they are.
     """
     for site in model.modules():
-        if isinstance(site, AdapterLinear) and isinstance(site.base, nn.Linear):
+        if isinstance(site, AdapterLinear) and isinstance(site.base, nn.Linear) and not is_quantized(site.base):
             site.add_module("base", PackedLinear(site.base))

@@ -39,7 +39,8 @@ class BaseSpec:
     Semantics: `linears` maps a module path as the checkpoint names it (`model.layers.0.self_attn.q_proj`) to
     (in_features, out_features) of every nn.Linear of the decoder, `lm_head` included; `embedding_path` names the token
     embedding, [vocab_size, hidden_size]; `other_modules` are the paths of every other module, so that an adapter naming
-    one is refused with a reason. `fingerprint` is "sha256:..." as DESIGN section 4 defines it.
+    one is refused with a reason. `fingerprint` is "sha256:..." over what is stored, before any quantizer; `pruned_from`
+    is that of the original of which a pruned base keeps a part.
     """
 
     name: str
@@ -57,3 +58,10 @@ class BaseSpec:
     generation: GenerationDefaults
     tied_embeddings: bool
     has_chat_template: bool
+    pruned_from: str | None = None
+    quantization: str = "none"  # what is held in memory: none, nf4 or int8
+
+    @property
+    def identity(self) -> str:
+        """Return what keys and values of this base depend on, for caches of them."""
+        return f"{self.fingerprint}/{self.quantization}/{self.dtype}"

@@ -25,6 +25,7 @@ from motley_server.engine.api import EngineFront
 from motley_server.engine.settings import EngineSettings
 from motley_server.errors import MotleyError
 from motley_server.facts import ServerFacts
+from motley_server.memory import ledger_line, ledger_of
 from motley_server.metrics import HttpEndpoint, Metrics
 from motley_server.quotas import Quotas
 from motley_server.registry.bundles import BundleStoreError
@@ -201,14 +202,22 @@ def _load_base(config: ServerConfig, device: torch.device) -> Base:
 
     began, cache = time.monotonic(), config.data_dir / "fingerprints"
     try:
-        base = load_base(resolve_base(config.base), dtype=config.dtype, device=device, cache_directory=cache)
+        base = load_base(
+            resolve_base(config.base),
+            dtype=config.dtype,
+            device=device,
+            quantize=config.quantize,
+            cache_directory=cache,
+        )
     except BaseError as error:
         raise StartError(f"base {config.base}: {_tell(error)}") from error
     spec = base.spec
     log.info(
-        "base %s, %s, %s on %s, fingerprint %s, loaded in %.1f s",
-        spec.name, spec.architecture, spec.dtype, device, spec.fingerprint, time.monotonic() - began,
+        "base %s, %s, %s, quantization %s, on %s, fingerprint %s%s, loaded in %.1f s",
+        spec.name, spec.architecture, spec.dtype, spec.quantization, device, spec.fingerprint,
+        f", pruned from {spec.pruned_from}" if spec.pruned_from else "", time.monotonic() - began,
     )  # fmt: skip
+    log.info("ledger: %s", ledger_line(ledger_of(base), config.engine))
     return base
 
 
@@ -281,7 +290,6 @@ def _facts(config: ServerConfig, base: Base, engine: EngineFront, version: str, 
     return ServerFacts(
         version=version,
         base=base.spec,
-        quantization="none",
         device=device,
         kernel="triton" if base.device.type == "cuda" else "grouped",
         adapter_kinds=tuple(KIND_READERS),

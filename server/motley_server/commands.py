@@ -24,6 +24,7 @@ def serve(
     metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help='Show /metrics here; "" is nowhere.')] = None,
     data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Keep what the server remembers here.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="float32|bfloat16|auto", help="Compute in this type.")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="auto|none|nf4|int8", help="Hold the Linears so.")] = None,
     auth: Annotated[bool | None, typer.Option("--auth/--no-auth", help="Demand a key of every caller.")] = None,
     tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Show this certificate (PEM).")] = None,
     tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
@@ -35,7 +36,8 @@ def serve(
 ) -> None:
     """Serve one base model, every request under the adapters that it names."""
     given: dict[str, object] = {
-        "base": base, "listen": listen, "metrics": metrics, "data_dir": data_dir, "dtype": dtype, "adapters": adapter,
+        "base": base, "listen": listen, "metrics": metrics, "data_dir": data_dir, "dtype": dtype, "quantize": quantize,
+        "adapters": adapter,
         "auth": auth, "tls.cert": tls_cert, "tls.key": tls_key,
         "require_declared_base": require_declared_base,
     }  # fmt: skip

@@ -95,6 +95,7 @@ class ServerConfig:
 
     base: str = "tiny"  # an embedded base, or an absolute path
     dtype: str = "auto"
+    quantize: str = "auto"  # as the checkpoint is stored
     listen: Address = DEFAULT_LISTEN
     metrics: Address | None = DEFAULT_METRICS
     data_dir: Path = DEFAULT_DATA_DIR
@@ -122,6 +123,7 @@ def _base(value: object, origin: Origin) -> object:
 PARSERS: Mapping[str, Parser] = MappingProxyType({
     "base": _base,
     "dtype": choice("auto", "float32", "bfloat16", "float16"),
+    "quantize": choice("auto", "none", "nf4", "int8"),
     "listen": address,
     "metrics": optional_address,
     "data_dir": directory,

@@ -13,7 +13,6 @@ class ServerFacts:
 
     version: str
     base: BaseSpec
-    quantization: str
     device: str
     kernel: str
     adapter_kinds: tuple[str, ...]

@@ -184,6 +184,7 @@ class Metrics(EngineMetrics):
                 "base_fingerprint": base.fingerprint,
                 "architecture": base.architecture,
                 "dtype": base.dtype,
+                "quantization": base.quantization,
             }
         )
 

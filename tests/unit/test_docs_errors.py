@@ -15,13 +15,20 @@ HOUSE = Path(__file__).resolve().parents[2]
 DOCUMENT = HOUSE / "docs" / "errors.md"
 SERVER_ROOTS = ("server/motley_server", "adapters/motley_adapters", "bases/motley_bases")
 CLIENT_ROOTS = ("clients/python/motley_client",)
+TRAINER_ROOTS = ("trainer/motley_trainer",)
 
 # Every word in capitals is taken for a reason, however it is passed on, so that none can hide; these are not.
 NO_REASONS = {
     "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "HF_HUB_OFFLINE", "MOTLEY_CONFIG",  # environment
     "FILE", "DIR",  # help
     "CASCADE", "OK",  # of SQL, of the audit
-    "LORA", "CAUSAL_LM", "F32", "F16", "BF16", "I32",  # in files
+    "LORA", "CAUSAL_LM", "F32", "F16", "BF16", "I32", "SCB",  # in files
+}  # fmt: skip
+NO_TRAINER_REASONS = {
+    "OMP_WAIT_POLICY", "HF_HUB_OFFLINE",  # environment
+    "BASE", "DIR", "FILE", "LR",  # help
+    "F32",  # in files
+    "KMGT",  # of sizes
 }  # fmt: skip
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment
@@ -35,6 +42,7 @@ NO_CLIENT_REASONS = {
 WORD = re.compile(r"[A-Z][A-Z0-9]+(?:_[A-Z0-9]+)*")
 ROW = re.compile(r"^\| `([A-Z0-9_]+)` \| ([^|]*) \| ([^|]+) \|$", re.MULTILINE)
 CLIENT_SECTION = "Said by the client"
+TRAINER_SECTION = "Said by `motley base`"
 LOG_SECTION = "In the server's log alone"
 
 # The other sections are headed by their gRPC code, alone or after a colon.
@@ -77,11 +85,20 @@ def sections() -> dict[str, list[str]]:
 
 
 def documented() -> set[str]:
-    return {reason for title, reasons in sections().items() if title != CLIENT_SECTION for reason in reasons}
+    return {
+        reason
+        for title, reasons in sections().items()
+        if title not in (CLIENT_SECTION, TRAINER_SECTION)
+        for reason in reasons
+    }
 
 
 def test_every_reason_of_the_server_is_documented_and_no_other() -> None:
     assert documented() == words_in(SERVER_ROOTS) - NO_REASONS
+
+
+def test_every_reason_of_the_trainer_is_documented_and_no_other() -> None:
+    assert set(sections()[TRAINER_SECTION]) == words_in(TRAINER_ROOTS) - NO_TRAINER_REASONS
 
 
 def test_every_reason_of_the_client_is_documented_and_no_other() -> None:

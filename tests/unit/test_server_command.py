@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 ISSUE_FLAGS = {
     "--config", "--base", "--listen", "--metrics", "--data-dir", "--dtype", "--adapter", "--print-config", "--help",
-    "--auth", "--tls-cert", "--tls-key", "--require-declared-base",
+    "--auth", "--tls-cert", "--tls-key", "--require-declared-base", "--quantize",
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class EngineCore:
         try:
             self._adapters.add(request)
             identity = set_identity((adapter.digest, adapter.weight) for adapter in request.adapters)
-            seed = cache_seed(identity, self._base.spec.fingerprint, request.tenant_id.encode())
+            seed = cache_seed(identity, self._base.spec.identity, request.tenant_id.encode())
             state = RequestState(request, arrival, seed, self._make_detokenizer, self._observer)
             sequence = state.start()
         except MotleyError as error:

@@ -47,7 +47,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             base_fingerprint=facts.base.fingerprint,
             architecture=facts.base.architecture,
             dtype=facts.base.dtype,
-            quantization=facts.quantization,
+            quantization=facts.base.quantization,
             device=facts.device,
             kernel=facts.kernel,
             adapter_kinds=facts.adapter_kinds,

@@ -1,0 +1,109 @@
+"""What a pruning is asked to do, checked before anything is read.
+
+Numbers and words alone; pure. Ratios are exact fractions, as in the bases' pruned geometry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fractions import Fraction
+
+from motley_trainer.errors import SettingsError
+from motley_trainer.pruning.aggregation import Aggregation
+from motley_trainer.pruning.saliency import Criterion
+
+
+class Selection(StrEnum):
+    """Among whom a group competes: those of its kind in its layer, or all groups of all layers that are pruned."""
+
+    LOCAL = "local"
+    GLOBAL = "global"
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySettings:
+    """How the pruned copy is trained afterwards; no steps, no training. Source: LLM-Pruner's own recipe."""
+
+    steps: int = 0
+    rank: int = 8
+    lora_alpha: int = 16
+    dropout: float = 0.05
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise SettingsError("recovery takes 0 steps or more", reason="BAD_RECOVERY", field="recover_steps")
+        if not self.learning_rate > 0:
+            raise SettingsError("the learning rate is above 0", reason="BAD_RECOVERY", field="learning_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneSettings:
+    """How much goes, from where, and how that is chosen.
+
+    Semantics: `ratio` is of the groups of each pruned layer, or, under global selection, of all their parameters; not
+    of the model. Layers `first_layer` to `end_layer` - 1 are pruned, None is the model's last. FFN widths that stay are
+    rounded up to a multiple of `multiple`. `num_windows` random windows of `window` tokens are the calibration.
+    Raises: SettingsError with the field.
+    """
+
+    ratio: Fraction
+    first_layer: int = 0
+    end_layer: int | None = None
+    criterion: Criterion = Criterion.PARAM_FIRST
+    aggregation: Aggregation = Aggregation.SUM
+    selection: Selection = Selection.LOCAL
+    steps: int = 1
+    multiple: int = 1
+    seed: int = 0
+    num_windows: int = 10
+    window: int = 64
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise SettingsError(
+                f"a ratio of {float(self.ratio):g} is not between 0 and 1", reason="BAD_RATIO", field="ratio"
+            )
+        for name, least in (("steps", 1), ("multiple", 1), ("seed", 0), ("num_windows", 1), ("window", 2)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} is {least} or more", reason="BAD_COUNT", field=name)
+
+    def layers(self, num_layers: int) -> range:
+        """Return the layers that are pruned.
+
+        Raises: SettingsError with reason LAYER_RANGE if they are none, or not layers of the model.
+        """
+        end = num_layers if self.end_layer is None else self.end_layer
+        if not 0 <= self.first_layer < end <= num_layers:
+            raise SettingsError(
+                f"layers {self.first_layer}:{end} are not some of the model's 0:{num_layers}",
+                reason="LAYER_RANGE",
+                field="layers",
+            )
+        return range(self.first_layer, end)
+
+
+def parse_layers(text: str) -> tuple[int, int | None]:
+    """Read "A:B", the layers A to B - 1; either may be left out.
+
+    Raises: SettingsError with reason LAYER_RANGE.
+    """
+    first, colon, end = text.partition(":")
+    if not colon or not all(part == "" or (part.isascii() and part.isdigit()) for part in (first, end)):
+        raise SettingsError(f"layers {text!r} are not A:B, the layers A to B - 1", reason="LAYER_RANGE", field="layers")
+    return int(first or 0), int(end) if end else None
+
+
+def parse_ratio(text: str) -> Fraction:
+    """Read a ratio as it is written: 0.65 is 13/20, and 1/3 is a third.
+
+    Raises: SettingsError with reason BAD_RATIO.
+    """
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise SettingsError(f"{text!r} is not a number between 0 and 1", reason="BAD_RATIO", field="ratio") from error
