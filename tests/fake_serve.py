@@ -27,6 +27,7 @@ def serve(
     base: str = "tiny",
     data_dir: Path = Path(),
     adapter: Annotated[list[str] | None, typer.Option()] = None,
+    quantize: str = "none",
 ) -> None:
     """Serve by rule."""
     mode = os.environ.get("FAKE_SERVE", "")

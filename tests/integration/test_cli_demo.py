@@ -43,9 +43,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start_demo(environment: Mapping[str, str]) -> subprocess.Popen[str]:
+def start_demo(environment: Mapping[str, str], *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "motley_client", "demo"],
+        [sys.executable, "-m", "motley_client", "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -53,8 +53,8 @@ def start_demo(environment: Mapping[str, str]) -> subprocess.Popen[str]:
     )
 
 
-def run_demo(environment: Mapping[str, str]) -> tuple[int, str, str]:
-    with start_demo(environment) as process:
+def run_demo(environment: Mapping[str, str], *arguments: str) -> tuple[int, str, str]:
+    with start_demo(environment, *arguments) as process:
         output, errors = process.communicate(timeout=60)
     return process.returncode, output, errors
 
@@ -212,3 +212,12 @@ def test_the_real_demo_keeps_every_promise_and_leaves_nothing_running(tmp_path: 
     assert list((tmp_path / "scratch").glob("motley-demo-*")) == []
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(str(tmp_path).encode() in command for command in commands)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_the_demo_keeps_its_promises_over_a_quantized_base(tmp_path: Path, quantize: str) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
+    status, output, errors = run_demo(environment, "--quantize", quantize)
+    assert (status, errors) == (0, "")
+    assert f"the tiny base in {quantize}" in output
+    assert "not as promised" not in output

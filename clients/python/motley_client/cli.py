@@ -192,11 +192,13 @@ def health(
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    quantize: Annotated[str | None, typer.Option(metavar="nf4|int8", help="Hold the base's Linears so.")] = None,
+) -> None:
     """Start a server, ask it one wave of requests under several adapters, show what answered, and stop it."""
     from motley_client.demo import run_demo  # asyncio and rich's tables: nothing that --help should wait for
 
-    raise typer.Exit(run_demo())
+    raise typer.Exit(run_demo(quantize))
 
 
 def main() -> None:

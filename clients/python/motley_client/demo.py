@@ -85,14 +85,15 @@ class Reply:
         return served == sorted((name, weight, KINDS[name]) for name, weight in self.asked_of)
 
 
-def run_demo(console: Console | None = None) -> int:
-    """Run the demo; return 0 if everything it claims came true, otherwise 1, and 143 when told to end by SIGTERM.
+def run_demo(quantize: str | None = None, console: Console | None = None) -> int:
+    """Run the demo, and return 0 if everything it claims came true, 1 if not, and 143 when told to end by SIGTERM.
 
+    Semantics: `quantize` is how the server holds the base, as its own flag says it.
     Raises: DemoError if there is nothing to show; ServerStartError; MotleyClientError if a request fails;
     KeyboardInterrupt. The server is gone in every case.
     """
     try:
-        return asyncio.run(_demo(console or Console()))
+        return asyncio.run(_demo(console or Console(), quantize))
     except asyncio.CancelledError:
         return 128 + signal.SIGTERM
 
@@ -111,7 +112,7 @@ def find_adapters() -> list[Path]:
     return [found[name] for name in KINDS]
 
 
-async def _demo(console: Console) -> int:
+async def _demo(console: Console, quantize: str | None) -> int:
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -120,7 +121,10 @@ async def _demo(console: Console) -> int:
         arguments = ["--base", "tiny", "--data-dir", str(Path(scratch, "data"))]
         for folder in folders:
             arguments += ["--adapter", f"{folder.name}={folder}"]
-        console.print(f"starting a server with the tiny base and {len(folders)} adapters, one of each kind ...")
+        if quantize is not None:
+            arguments += ["--quantize", quantize]
+        held = "" if quantize is None else f" in {quantize}"
+        console.print(f"starting a server with the tiny base{held} and {len(folders)} adapters, one of each kind ...")
         async with child_server(arguments, Path(scratch)) as server:
             before = await asyncio.to_thread(scrape, "127.0.0.1", server.metrics_port)
             began = time.monotonic()
