@@ -238,6 +238,9 @@ def _said(door: Callable[[], tuple[str, object]]) -> tuple[str, object]:
     return refusal.reason, (type(refusal), refusal.field, refusal.message)
 
 
+_EXACT = 2**53  # beyond it a float has no halves, and far beyond it there is no float
+
+
 def _damage_tree(data: st.DataObject, root: list[Any]) -> None:
     """Change one place of a tree; the places are the items of its lists and objects."""
     container, at = data.draw(st.sampled_from(_places(root)))
@@ -255,7 +258,8 @@ def _damage_tree(data: st.DataObject, root: list[Any]) -> None:
             other = data.draw(st.integers(0, len(container) - 1))
             container[at], container[other] = container[other], container[at]
         case 5 if type(_value(container, at)) in (int, float):
-            _put(container, at, _value(container, at) + data.draw(st.sampled_from([-4, -1, 1, 2, 4, 0.5])))
+            number, step = _value(container, at), data.draw(st.sampled_from([-4, -1, 1, 2, 4, 0.5]))
+            _put(container, at, number + (step if abs(number) < _EXACT else int(step)))
         case 6 | 7 if type(_value(container, at)) in (int, float):
             _put(container, at, data.draw(_NUMBERS))
         case _:
