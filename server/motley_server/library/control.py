@@ -24,6 +24,7 @@ from motley_server.errors import (
     MotleyError,
     NotFoundError,
     OutOfRangeError,
+    UnavailableError,
 )
 from motley_server.library.files import find_files, read_part
 from motley_server.library.holds import Holds, Revoke
@@ -102,9 +103,14 @@ class AdapterControl:
         return await self._run(partial(self._adapters.rollback_alias, tenant_id, owner, name, alias, etag=etag, **once))
 
     async def digest_of(self, owner: str, name: str, version: int) -> str:
-        """Return the digest of a version, or nothing if it is not there."""
-        reference = AdapterReference(owner, name, version=version)
-        found = await self._run(self._adapters.resolve, owner, reference) if version > 0 else None
+        """Return the digest of a version for the audit, or nothing if it cannot be told: what was done stays done."""
+        if version < 1:
+            return ""
+        try:
+            found = await self._run(self._adapters.resolve, owner, AdapterReference(owner, name, version=version))
+        except UnavailableError as error:
+            log.warning("the audit lacks the digest of %s/%s@%d: %s", owner, name, version, error.message)
+            return ""
         return "" if found is None else found.digest
 
     async def delete(
