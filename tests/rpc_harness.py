@@ -55,6 +55,19 @@ def make_base(generation: GenerationDefaults | None = None) -> BaseSpec:
     )
 
 
+@dataclass(frozen=True)
+class PaperLedger:
+    """What the base that does not exist would take."""
+
+    weight_bytes: int = 4000
+    kv_bytes_per_token: int = 60
+    linears: tuple[tuple[int, int], ...] = ((8, 8),)
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Count 64 bytes for each rank."""
+        return 64 * rank
+
+
 class LetterTokenizer:
     """One token a character, its id the code point."""
 
@@ -132,7 +145,7 @@ async def serving(
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
     admission = Admission(engine, base, tokenizer, library.sets, limits, metrics, Quotas(metrics))
     facts = ServerFacts(
-        version="1.2.3", base=base, device="cpu", kernel="grouped", adapter_kinds=("lora",),
+        version="1.2.3", base=base, ledger=PaperLedger(), device="cpu", kernel="grouped", adapter_kinds=("lora",),
         context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
         max_waiting=256, adapter_cache_bytes=8192, adapter_arena_bytes=2048,
     )  # fmt: skip

@@ -290,6 +290,7 @@ def _facts(config: ServerConfig, base: Base, engine: EngineFront, version: str, 
     return ServerFacts(
         version=version,
         base=base.spec,
+        ledger=ledger_of(base),
         device=device,
         kernel="triton" if base.device.type == "cuda" else "grouped",
         adapter_kinds=tuple(KIND_READERS),

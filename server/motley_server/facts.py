@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from motley_bases.spec import BaseSpec
+
+
+class MemoryLedger(Protocol):
+    """What the base and things on it take on the device, in bytes, as the bases' ledger counts it."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return what the weights take."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Return what the keys and values of a token take."""
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """Return the sizes of the layers' Linears."""
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Return what a LoRA of this rank on all of them takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +33,7 @@ class ServerFacts:
 
     version: str
     base: BaseSpec
+    ledger: MemoryLedger
     device: str
     kernel: str
     adapter_kinds: tuple[str, ...]

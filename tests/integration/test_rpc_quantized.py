@@ -10,12 +10,17 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from architectures import build_checkpoint
 from engine_harness import make_harness
 from motley.v1 import inference_pb2_grpc, server_pb2, server_pb2_grpc
+from motley_bases.fingerprint import fingerprint
+from motley_bases.ledger import Weights, make_ledger
+from motley_bases.loader import read_parsed_config
 from motley_server.app import StartError, build
 from motley_server.config import ServerConfig, resolve
 from motley_server.engine import core
+from pruned_bases import GROUPED_KEEPS, prune_checkpoint
 from rpc_harness import text_request
 
 
@@ -24,9 +29,14 @@ def settings(tmp_path: Path, **flags: str) -> ServerConfig:
     return resolve(environ, {"listen": "127.0.0.1:0", "metrics": "", "data_dir": str(tmp_path), **flags})
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_a_quantized_base_is_served_and_told(tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint = build_checkpoint("llama", tmp_path / "base")
+@pytest.mark.parametrize(("method", "pruned"), [("nf4", True), ("int8", False)])
+def test_what_is_served_is_told_with_the_memory_that_a_plan_counts(
+    tmp_path: Path, method: str, pruned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = original = build_checkpoint("llama", tmp_path / "base")
+    if pruned:
+        checkpoint = prune_checkpoint(original, tmp_path / "pruned", GROUPED_KEEPS)
+    ledger = make_ledger(read_parsed_config(checkpoint), Weights(torch.float32, method))
     caplog.set_level(logging.INFO)
 
     async def scenario() -> None:
@@ -36,6 +46,13 @@ def test_a_quantized_base_is_served_and_told(tmp_path: Path, method: str, caplog
                 stub = server_pb2_grpc.ServerServiceStub(channel)
                 info = await stub.GetServerInfo(server_pb2.GetServerInfoRequest())
                 assert (info.quantization, info.dtype) == (method, "float32")
+                assert info.pruned_from == (fingerprint(original) if pruned else "")
+                capacity = await stub.GetCapacity(server_pb2.GetCapacityRequest(ranks=[5]))
+                assert capacity.weight_bytes == ledger.weight_bytes
+                assert capacity.kv_tokens_total == ledger.kv_tokens(2**22, 16)
+                assert capacity.kv_bytes_per_token == ledger.kv_bytes_per_token
+                (fit,) = capacity.adapter_fits
+                assert (fit.bytes, fit.count) == (ledger.adapter_bytes(5), 2**22 // ledger.adapter_bytes(5))
                 request = text_request("the quick", max_new_tokens=3)
                 request.sampling.ignore_eos = True
                 answer = await inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)

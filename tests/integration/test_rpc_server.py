@@ -42,9 +42,30 @@ def test_capacity_is_the_engines_and_the_adapters_ledger() -> None:
             assert await shell.server.GetCapacity(server_pb2.GetCapacityRequest()) == server_pb2.GetCapacityResponse(
                 kv_bytes_total=100_000, kv_bytes_used=25_000, kv_tokens_total=1600, kv_tokens_free=1200,
                 adapter_bytes_total=8192, adapter_bytes_used=4096, running_requests=0, waiting_requests=3,
+                weight_bytes=4000, kv_bytes_per_token=60, adapter_device_bytes_total=2048,
+                adapter_fits=[fit(8, 512, 4), fit(16, 1024, 2), fit(64, 4096, 0)],
             )  # fmt: skip
+            asked = await shell.server.GetCapacity(server_pb2.GetCapacityRequest(ranks=[5, 1]))
+            assert list(asked.adapter_fits) == [fit(5, 320, 6), fit(1, 64, 32)]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("ranks", [[0], [8, -1], [65537], [8] * 17])
+def test_ranks_that_no_adapter_has_are_refused(ranks: list[int]) -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await shell.server.GetCapacity(server_pb2.GetCapacityRequest(ranks=ranks))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "ranks" in str(caught.value.details())
+
+    asyncio.run(scenario())
+
+
+def fit(rank: int, num_bytes: int, count: int) -> server_pb2.AdapterFit:
+    """Write what a server tells of LoRAs of one rank."""
+    return server_pb2.AdapterFit(rank=rank, bytes=num_bytes, count=count)
 
 
 @pytest.mark.parametrize("service", ["", "motley.v1.InferenceService"])

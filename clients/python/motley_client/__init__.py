@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from motley_client.types import (
         AdapterChoice,
+        AdapterFit,
         Candidate,
         Capacity,
         ChatMessage,
@@ -71,6 +72,7 @@ __all__ = [
     "AbortedError",
     "Adapter",
     "AdapterChoice",
+    "AdapterFit",
     "AdapterKind",
     "AdapterResidency",
     "AdapterState",

@@ -111,9 +111,10 @@ class Client(TenantCalls, DownloadCalls):
         """Return what the server is, and its limits."""
         return convert.server_info(self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest(), timeout))
 
-    def capacity(self, *, timeout: float | None = None) -> Capacity:
-        """Return what is in use, and what is left."""
-        return convert.capacity(self._call(self._server.GetCapacity, server_pb2.GetCapacityRequest(), timeout))
+    def capacity(self, ranks: Iterable[int] = (), *, timeout: float | None = None) -> Capacity:
+        """Return what is in use, and what is left; `adapter_fits` tells of the ranks asked for, or of some."""
+        request = server_pb2.GetCapacityRequest(ranks=ranks)
+        return convert.capacity(self._call(self._server.GetCapacity, request, timeout))
 
     def drain(self, grace_seconds: float | None = None, *, timeout: float | None = None) -> DrainResult:
         """Let running requests finish and the server end; return when they have.

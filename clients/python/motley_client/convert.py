@@ -17,6 +17,7 @@ from motley_client.convert_fields import checked, duration
 from motley_client.errors import InternalError, InvalidArgumentError
 from motley_client.types import (
     AdapterChoice,
+    AdapterFit,
     Candidate,
     Capacity,
     ChatMessage,
@@ -188,7 +189,8 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
 
 def capacity(response: server_pb2.GetCapacityResponse) -> Capacity:
     """Read what is in use, and what is left."""
-    return Capacity(**_scalars(response))
+    fits = tuple(AdapterFit(**_scalars(fit)) for fit in response.adapter_fits)
+    return Capacity(**_scalars(response, "adapter_fits"), adapter_fits=fits)
 
 
 def drain_result(response: server_pb2.DrainResponse) -> DrainResult:

@@ -211,6 +211,16 @@ class ServerInfo:
     kernel: str
     adapter_kinds: tuple[str, ...]
     limits: Limits
+    pruned_from: str  # of a pruned base: the fingerprint of the base of which it keeps a part
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFit:
+    """LoRAs of one rank on every Linear of the layers: what one takes on the device, and how many fit at once."""
+
+    rank: int
+    bytes: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +235,10 @@ class Capacity:
     adapter_bytes_used: int
     running_requests: int
     waiting_requests: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    adapter_device_bytes_total: int
+    adapter_fits: tuple[AdapterFit, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16motley/v1/server.proto\x12\tmotley.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xe1\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x03\x12 \n\x18max_adapters_per_request\x18\x04 \x01(\x05\x12\x16\n\x0emax_candidates\x18\x05 \x01(\x05\x12\x14\n\x0cmax_logprobs\x18\x06 \x01(\x05\x12\x1c\n\x14max_running_requests\x18\x07 \x01(\x05\x12\x1c\n\x14max_waiting_requests\x18\x08 \x01(\x05\"\xeb\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0e\n\x06kernel\x18\x08 \x01(\t\x12\x15\n\radapter_kinds\x18\t \x03(\t\x12!\n\x06limits\x18\n \x01(\x0b\x32\x11.motley.v1.Limits\"\x14\n\x12GetCapacityRequest\"\xe2\x01\n\x13GetCapacityResponse\x12\x16\n\x0ekv_bytes_total\x18\x01 \x01(\x03\x12\x15\n\rkv_bytes_used\x18\x02 \x01(\x03\x12\x17\n\x0fkv_tokens_total\x18\x03 \x01(\x03\x12\x16\n\x0ekv_tokens_free\x18\x04 \x01(\x03\x12\x1b\n\x13\x61\x64\x61pter_bytes_total\x18\x05 \x01(\x03\x12\x1a\n\x12\x61\x64\x61pter_bytes_used\x18\x06 \x01(\x03\x12\x18\n\x10running_requests\x18\x07 \x01(\x03\x12\x18\n\x10waiting_requests\x18\x08 \x01(\x03\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"F\n\rDrainResponse\x12\x19\n\x11\x66inished_requests\x18\x01 \x01(\x03\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x02 \x01(\x03\x32\xed\x01\n\rServerService\x12R\n\rGetServerInfo\x12\x1f.motley.v1.GetServerInfoRequest\x1a .motley.v1.GetServerInfoResponse\x12L\n\x0bGetCapacity\x12\x1d.motley.v1.GetCapacityRequest\x1a\x1e.motley.v1.GetCapacityResponse\x12:\n\x05\x44rain\x12\x17.motley.v1.DrainRequest\x1a\x18.motley.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16motley/v1/server.proto\x12\tmotley.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xe1\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x03\x12 \n\x18max_adapters_per_request\x18\x04 \x01(\x05\x12\x16\n\x0emax_candidates\x18\x05 \x01(\x05\x12\x14\n\x0cmax_logprobs\x18\x06 \x01(\x05\x12\x1c\n\x14max_running_requests\x18\x07 \x01(\x05\x12\x1c\n\x14max_waiting_requests\x18\x08 \x01(\x05\"\x80\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0e\n\x06kernel\x18\x08 \x01(\t\x12\x15\n\radapter_kinds\x18\t \x03(\t\x12!\n\x06limits\x18\n \x01(\x0b\x32\x11.motley.v1.Limits\x12\x13\n\x0bpruned_from\x18\x0b \x01(\t\"#\n\x12GetCapacityRequest\x12\r\n\x05ranks\x18\x01 \x03(\x05\"8\n\nAdapterFit\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\xe5\x02\n\x13GetCapacityResponse\x12\x16\n\x0ekv_bytes_total\x18\x01 \x01(\x03\x12\x15\n\rkv_bytes_used\x18\x02 \x01(\x03\x12\x17\n\x0fkv_tokens_total\x18\x03 \x01(\x03\x12\x16\n\x0ekv_tokens_free\x18\x04 \x01(\x03\x12\x1b\n\x13\x61\x64\x61pter_bytes_total\x18\x05 \x01(\x03\x12\x1a\n\x12\x61\x64\x61pter_bytes_used\x18\x06 \x01(\x03\x12\x18\n\x10running_requests\x18\x07 \x01(\x03\x12\x18\n\x10waiting_requests\x18\x08 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\t \x01(\x03\x12\x1a\n\x12kv_bytes_per_token\x18\n \x01(\x03\x12\"\n\x1a\x61\x64\x61pter_device_bytes_total\x18\x0b \x01(\x03\x12+\n\x0c\x61\x64\x61pter_fits\x18\x0c \x03(\x0b\x32\x15.motley.v1.AdapterFit\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"F\n\rDrainResponse\x12\x19\n\x11\x66inished_requests\x18\x01 \x01(\x03\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x02 \x01(\x03\x32\xed\x01\n\rServerService\x12R\n\rGetServerInfo\x12\x1f.motley.v1.GetServerInfoRequest\x1a .motley.v1.GetServerInfoResponse\x12L\n\x0bGetCapacity\x12\x1d.motley.v1.GetCapacityRequest\x1a\x1e.motley.v1.GetCapacityResponse\x12:\n\x05\x44rain\x12\x17.motley.v1.DrainRequest\x1a\x18.motley.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,15 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LIMITS']._serialized_start=94
   _globals['_LIMITS']._serialized_end=319
   _globals['_GETSERVERINFORESPONSE']._serialized_start=322
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=557
-  _globals['_GETCAPACITYREQUEST']._serialized_start=559
-  _globals['_GETCAPACITYREQUEST']._serialized_end=579
-  _globals['_GETCAPACITYRESPONSE']._serialized_start=582
-  _globals['_GETCAPACITYRESPONSE']._serialized_end=808
-  _globals['_DRAINREQUEST']._serialized_start=810
-  _globals['_DRAINREQUEST']._serialized_end=868
-  _globals['_DRAINRESPONSE']._serialized_start=870
-  _globals['_DRAINRESPONSE']._serialized_end=940
-  _globals['_SERVERSERVICE']._serialized_start=943
-  _globals['_SERVERSERVICE']._serialized_end=1180
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=578
+  _globals['_GETCAPACITYREQUEST']._serialized_start=580
+  _globals['_GETCAPACITYREQUEST']._serialized_end=615
+  _globals['_ADAPTERFIT']._serialized_start=617
+  _globals['_ADAPTERFIT']._serialized_end=673
+  _globals['_GETCAPACITYRESPONSE']._serialized_start=676
+  _globals['_GETCAPACITYRESPONSE']._serialized_end=1033
+  _globals['_DRAINREQUEST']._serialized_start=1035
+  _globals['_DRAINREQUEST']._serialized_end=1093
+  _globals['_DRAINRESPONSE']._serialized_start=1095
+  _globals['_DRAINRESPONSE']._serialized_end=1165
+  _globals['_SERVERSERVICE']._serialized_start=1168
+  _globals['_SERVERSERVICE']._serialized_end=1405
 # @@protoc_insertion_point(module_scope)

@@ -82,6 +82,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     KERNEL_FIELD_NUMBER: builtins.int
     ADAPTER_KINDS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
+    PRUNED_FROM_FIELD_NUMBER: builtins.int
     version: builtins.str
     base_model: builtins.str
     base_fingerprint: builtins.str
@@ -93,6 +94,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     device: builtins.str
     kernel: builtins.str
     """The implementation of the adapter delta: `grouped` or `triton`."""
+    pruned_from: builtins.str
+    """Of a pruned base: the fingerprint of the base of which it keeps a part. Else empty."""
     @property
     def adapter_kinds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapter kinds that can be served, any of them in one batch and on one request:
@@ -115,9 +118,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         kernel: builtins.str = ...,
         adapter_kinds: collections.abc.Iterable[builtins.str] | None = ...,
         limits: Global___Limits | None = ...,
+        pruned_from: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter_kinds", b"adapter_kinds", "architecture", b"architecture", "base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "kernel", b"kernel", "limits", b"limits", "quantization", b"quantization", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_kinds", b"adapter_kinds", "architecture", b"architecture", "base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "kernel", b"kernel", "limits", b"limits", "pruned_from", b"pruned_from", "quantization", b"quantization", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 
@@ -125,11 +129,42 @@ Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoRespo
 class GetCapacityRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    RANKS_FIELD_NUMBER: builtins.int
+    @property
+    def ranks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ranks to tell `adapter_fits` of, at most 16. None: 8, 16 and 64."""
+
     def __init__(
         self,
+        *,
+        ranks: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ranks", b"ranks"]) -> None: ...
 
 Global___GetCapacityRequest: typing_extensions.TypeAlias = GetCapacityRequest
+
+@typing.final
+class AdapterFit(google.protobuf.message.Message):
+    """LoRAs of one rank on every Linear of the layers: what one takes on the device, and how many fit at once."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    bytes: builtins.int
+    count: builtins.int
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        bytes: builtins.int = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "count", b"count", "rank", b"rank"]) -> None: ...
+
+Global___AdapterFit: typing_extensions.TypeAlias = AdapterFit
 
 @typing.final
 class GetCapacityResponse(google.protobuf.message.Message):
@@ -143,14 +178,26 @@ class GetCapacityResponse(google.protobuf.message.Message):
     ADAPTER_BYTES_USED_FIELD_NUMBER: builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
     WAITING_REQUESTS_FIELD_NUMBER: builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: builtins.int
+    ADAPTER_DEVICE_BYTES_TOTAL_FIELD_NUMBER: builtins.int
+    ADAPTER_FITS_FIELD_NUMBER: builtins.int
     kv_bytes_total: builtins.int
     kv_bytes_used: builtins.int
     kv_tokens_total: builtins.int
     kv_tokens_free: builtins.int
     adapter_bytes_total: builtins.int
+    """Adapters in host memory; those that do not fit are read again when they are named."""
     adapter_bytes_used: builtins.int
     running_requests: builtins.int
     waiting_requests: builtins.int
+    weight_bytes: builtins.int
+    """What the base's weights take, as `motley base plan` counts it."""
+    kv_bytes_per_token: builtins.int
+    adapter_device_bytes_total: builtins.int
+    """What is set apart on the device for the adapters of running requests."""
+    @property
+    def adapter_fits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AdapterFit]: ...
     def __init__(
         self,
         *,
@@ -162,8 +209,12 @@ class GetCapacityResponse(google.protobuf.message.Message):
         adapter_bytes_used: builtins.int = ...,
         running_requests: builtins.int = ...,
         waiting_requests: builtins.int = ...,
+        weight_bytes: builtins.int = ...,
+        kv_bytes_per_token: builtins.int = ...,
+        adapter_device_bytes_total: builtins.int = ...,
+        adapter_fits: collections.abc.Iterable[Global___AdapterFit] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "kv_bytes_total", b"kv_bytes_total", "kv_bytes_used", b"kv_bytes_used", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_bytes_total", b"adapter_bytes_total", "adapter_bytes_used", b"adapter_bytes_used", "adapter_device_bytes_total", b"adapter_device_bytes_total", "adapter_fits", b"adapter_fits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_bytes_total", b"kv_bytes_total", "kv_bytes_used", b"kv_bytes_used", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 Global___GetCapacityResponse: typing_extensions.TypeAlias = GetCapacityResponse
 

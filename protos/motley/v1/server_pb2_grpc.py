@@ -64,7 +64,7 @@ class ServerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetCapacity(self, request, context):
-        """What is in use and what is left. No error of its own.
+        """What is in use and what is left. INVALID_ARGUMENT for ranks that no adapter has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

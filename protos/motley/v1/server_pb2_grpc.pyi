@@ -112,7 +112,7 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerS
     """What is served and within which limits. No error of its own."""
 
     GetCapacity: _ServerServiceGetCapacityType
-    """What is in use and what is left. No error of its own."""
+    """What is in use and what is left. INVALID_ARGUMENT for ranks that no adapter has."""
 
     Drain: _ServerServiceDrainType
     """Stops taking requests and answers when those running are finished, as SIGTERM does; the process then ends.
@@ -151,7 +151,7 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.server_pb2.GetCapacityRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.server_pb2.GetCapacityResponse, collections.abc.Awaitable[motley.v1.server_pb2.GetCapacityResponse]]:
-        """What is in use and what is left. No error of its own."""
+        """What is in use and what is left. INVALID_ARGUMENT for ranks that no adapter has."""
 
     @abc.abstractmethod
     def Drain(
