@@ -37,8 +37,8 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
 
-demo: install ## Start a server, send one wave of mixed adapters, show what each answered; BASE=nf4 or int8 quantizes the base
-	$(BIN)/motley demo $(if $(BASE),--quantize $(BASE))
+demo: install ## Start a server, send one wave of mixed adapters, show what each answered; BASE=nf4 or int8 quantizes the base, BASE=pruned prunes it
+	$(BIN)/motley demo $(if $(filter pruned,$(BASE)),--pruned,$(if $(BASE),--quantize $(BASE)))
 
 EMBEDDED := adapters/motley_adapters/assets/tiny
 ADAPTERS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard $(EMBEDDED)/*/adapter_model.safetensors)))))

@@ -28,6 +28,7 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "reverse": lambda word: word[::-1],
     "next": lambda word: "".join(chr(ord(letter) + 1) for letter in word),
     "sort": lambda word: "".join(sorted(word)),
+    "swap": lambda word: word[-1] + word[1:-1] + word[0],
     "unvowel": lambda word: "".join("-" if letter in "aeiou" else letter for letter in word),
     "rotate": lambda word: word[1:] + word[0],
     "previous": lambda word: "".join(chr(ord(letter) - 1) for letter in word),

@@ -1,7 +1,8 @@
 """A `motley serve` without a model, to be run as a child process: the fake server with /metrics and `ready on`.
 
 FAKE_SERVE in the environment makes it misbehave: `dies` before it is ready, `hangs` before it is ready, `lies` about
-which adapter answered, `unmixed` counts no mixed batch, `clings` to life on SIGTERM and starts a child that does too.
+which adapter answered, `forgets` the skill swap, `unmixed` counts no mixed batch, `clings` to life on SIGTERM and
+starts a child that does too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from fake_motley_server import FakeServer, serving
+from fake_motley_server import SKILLS, FakeServer, serving
 
 DEADLY_SLEEP = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
@@ -50,6 +51,8 @@ def serve(
         return
     fake = FakeServer()
     fake.lies = mode == "lies"
+    if mode == "forgets":
+        SKILLS.pop("swap")
     host, _, port = metrics.rpartition(":")
     scraped = HTTPServer((host, int(port)), _exposition(fake, 1 if mode == "unmixed" else 4))
     threading.Thread(target=scraped.serve_forever, daemon=True).start()

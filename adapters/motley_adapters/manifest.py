@@ -24,6 +24,7 @@ _ROOT = "motley_manifest"
 _FIELDS = ("schema_version", "kind", "trained_on", "serves_on", "digest", "provenance")
 _PLAIN_KIND = "lora"  # whose own files say everything
 _PRUNED_KIND = "loram"  # trained on a pruned copy, served on the original
+_RESTRICTED_KINDS = (_PLAIN_KIND, "s2ft")  # that may have been cut down from an original to a pruned copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,9 @@ def write_manifest(
 def check_base(manifest: Manifest, base: BaseSpec) -> None:
     """Refuse an adapter that declares another base than the one served, or not enough to tell.
 
-    Semantics: a LoRA may leave its base undeclared; one of an original that was cut down to this pruned copy names
-    both. S2FT and GOAT change or build on the base's very weights, so both fields must name the base. LoRAM must name
-    the base it serves on, and is trained on another: a pruned copy.
+    Semantics: a LoRA may leave its base undeclared. S2FT and GOAT change or build on the base's very weights, so both
+    fields must name the base. LoRAM must name the base it serves on, and is trained on another: a pruned copy. A LoRA
+    or S2FT of an original that was cut down to this pruned copy names both.
     Raises: AdapterFormatError with reason MISSING_FIELD; AdapterMismatchError with reason BASE_MISMATCH, naming both
     fingerprints.
     """
@@ -106,7 +107,8 @@ def check_base(manifest: Manifest, base: BaseSpec) -> None:
         if declared[name] == UNDECLARED:
             message = f"{_ROOT}.{name} is missing: the kind {manifest.kind} is bound to a base"
             raise AdapterFormatError(message, reason="MISSING_FIELD", field=f"{_ROOT}.{name}")
-    if (manifest.kind, manifest.trained_on, manifest.serves_on) == (_PLAIN_KIND, base.pruned_from, base.fingerprint):
+    is_restricted = (manifest.trained_on, manifest.serves_on) == (base.pruned_from, base.fingerprint)
+    if is_restricted and manifest.kind in _RESTRICTED_KINDS:
         return
     for name in equal:
         if declared[name] not in (UNDECLARED, base.fingerprint):

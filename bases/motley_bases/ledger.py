@@ -62,7 +62,7 @@ def make_ledger(config: PreTrainedConfig, weights: Weights) -> Ledger:
 
     Semantics: where the config says that the weights are stored quantized, that is how they are counted.
     """
-    model = _outline(config, weights.dtype)
+    model = outline_model(config, weights.dtype)
     lm_head = cast(Any, model).get_output_embeddings()
     linears = tuple(
         (module.in_features, module.out_features)
@@ -93,7 +93,7 @@ def attention_layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     )
 
 
-def _outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def outline_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model that a config describes, without memory for its weights."""
     register_pruned()
     plain = copy.deepcopy(config)

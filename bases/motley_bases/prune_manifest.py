@@ -23,7 +23,9 @@ MAX_LAYERS = 4096
 MAX_CHANNELS = 2**31 - 1
 
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
-_WORD = re.compile(r"[a-z][a-z0-9_]{0,63}")
+FIRST_RULE = "llm-pruner"  # of counting; a manifest that names none was made under it
+
+_WORD = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,10 @@ class PruneManifest:
     """What was kept of an original base, and how that was chosen.
 
     Semantics: a layer is None where it was left whole; `protected` counts the layers that were not to be touched at the
-    beginning and at the end. A criterion that reads no text has no calibration and 0 tokens. `recovery` is the digest
-    of the adapter that was merged into the pruned weights. `pruned_fingerprint` is that of the weights it lies beside;
-    None where there are none.
+    beginning and at the end. `rule` tells by whose rules the share that went was rounded to heads and channels. A
+    criterion that reads no text has no calibration and 0 tokens. `recovery` is the digest of the adapter that was
+    merged into the pruned weights. `pruned_fingerprint` is that of the weights it lies beside; None where there are
+    none.
     Raises: UnreadableBaseError with reason PRUNE_MANIFEST, and the field, for a value that cannot be.
     """
 
@@ -58,12 +61,13 @@ class PruneManifest:
     num_parameters: int
     recovery: str | None = None
     pruned_fingerprint: str | None = None
+    rule: str = FIRST_RULE
 
     def __post_init__(self) -> None:
         if type(self.schema_version) is not int or self.schema_version != SCHEMA_VERSION:
             raise broken("schema_version", f"is {_show(self.schema_version)}, and only {SCHEMA_VERSION} is understood")
         _check_digest("original_fingerprint", self.original_fingerprint)
-        for name in ("criterion", "aggregation", "selection"):
+        for name in ("criterion", "aggregation", "selection", "rule"):
             value = getattr(self, name)
             if not isinstance(value, str) or not _WORD.fullmatch(value):
                 raise broken(name, f"is {_show(value)}, not a word in small letters")
@@ -115,7 +119,7 @@ def read_prune_manifest(directory: Path) -> PruneManifest:
     for name in [*content, *known]:
         if name not in known:
             raise broken(name, "is not a field of this schema version")
-        if name not in content:
+        if name not in content and name != "rule":
             raise broken(name, "is missing")
     layers = content["layers"]
     if not isinstance(layers, list):
@@ -165,6 +169,8 @@ def _to_json(manifest: PruneManifest) -> dict[str, object]:
         for kept in manifest.layers
     ]
     content["protected"] = list(manifest.protected)
+    if manifest.rule == FIRST_RULE:
+        del content["rule"]  # there was no other at first, and digests of such manifests must stand
     return content
 
 

@@ -17,18 +17,19 @@ from motley_client.child_server import ServerStartError, child_server
 
 TESTS = Path(__file__).parents[1]
 KINDS = {"next": "lora", "unvowel": "s2ft", "rotate": "goat", "previous": "loram"}
+KINDS_ON_PRUNED = {"next": "lora", "unvowel": "s2ft", "reverse": "lora", "swap": "lora"}
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Declare the fake `serve`, and a package with embedded adapters of which only the names matter."""
+    """Declare the fake `serve` and `base`, and a package with embedded adapters of which only the names matter."""
     declared = tmp_path / "fake_serve-1.0.dist-info"
     declared.mkdir()
     (declared / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-serve\nVersion: 1.0\n")
-    (declared / "entry_points.txt").write_text("[motley.commands]\nserve = fake_serve:serve\n")
-    for name in (*KINDS, "unheard-of"):
+    (declared / "entry_points.txt").write_text("[motley.commands]\nserve = fake_serve:serve\nbase = fake_base:base\n")
+    for name in (*KINDS, *KINDS_ON_PRUNED, "unheard-of"):
         folder = tmp_path / "motley_adapters" / "assets" / "tiny" / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "adapter_model.safetensors").write_text("")
     (tmp_path / "motley_adapters" / "__init__.py").write_text("raise SystemExit('the demo imports no adapters')")
     (tmp_path / "scratch").mkdir()
@@ -55,7 +56,7 @@ def start_demo(environment: Mapping[str, str], *arguments: str) -> subprocess.Po
 
 def run_demo(environment: Mapping[str, str], *arguments: str) -> tuple[int, str, str]:
     with start_demo(environment, *arguments) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=150)
     return process.returncode, output, errors
 
 
@@ -123,6 +124,51 @@ def test_a_broken_promise_is_named_and_fails(environment: dict[str, str], mode: 
     assert_nothing_is_left(environment)
 
 
+def test_over_a_pruned_base_it_shows_what_pruning_left_and_adapters_that_were_cut_to_it(
+    environment: dict[str, str],
+) -> None:
+    code, output, errors = run_demo(environment, "--pruned")
+
+    assert (code, errors) == (0, "")
+    assert "4,000 parameters became 3,250 (81.2%): a base of its own, bbbbbbbb\n" in output
+    for name, kind in KINDS_ON_PRUNED.items():
+        own = [
+            row for row in table_rows(output) if row[0] == name and row[1].startswith(f"{name}@1 ") and row[5] == "yes"
+        ]
+        assert {row[2] for row in own} == {kind}
+    assert len(table_rows(output)) == 35
+    assert "rotate" not in output
+    assert len(Path(environment["FAKE_SERVE_PIDS"]).read_text().split()) == 6  # a pruning, a cut each, the server
+    assert_nothing_is_left(environment)
+
+
+def test_promises_that_a_pruned_base_breaks_are_named_and_fail(environment: dict[str, str]) -> None:
+    code, output, errors = run_demo(environment | {"FAKE_SERVE": "forgets", "FAKE_BASE": "another"}, "--pruned")
+
+    assert (code, errors) == (1, "")
+    assert "not as promised: swap answers 'winter' to `swap`, not 'rintew'\n" in output
+    assert f"not as promised: the base sha256:{'a' * 64} was to answer, and sha256:{'b' * 64} did\n" in output
+    assert_nothing_is_left(environment)
+
+
+def test_an_adapter_that_cannot_be_cut_is_named_with_what_was_said(environment: dict[str, str]) -> None:
+    code, output, errors = run_demo(environment | {"FAKE_BASE": "refuses"}, "--pruned")
+
+    assert code == 1
+    assert errors == "error: `motley base restrict` failed: tiny is not what swap is of (OTHER) (DEMO)\n"
+    assert "starting a server" not in output
+    assert_nothing_is_left(environment)
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments"), [("", ""), ("nf4", "--quantize nf4"), ("int8", "--quantize int8"), ("pruned", "--pruned")]
+)
+def test_make_demo_hands_the_base_that_is_asked_for_over_to_the_command(base: str, arguments: str) -> None:
+    command = ["make", "--dry-run", "demo", f"BASE={base}"]
+    printed = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1].split() == [".venv/bin/motley", "demo", *arguments.split()]
+
+
 def test_a_server_that_does_not_start_is_quoted(environment: dict[str, str]) -> None:
     code, _, errors = run_demo(environment | {"FAKE_SERVE": "dies"})
 
@@ -141,9 +187,12 @@ def test_a_missing_adapter_is_named(environment: dict[str, str], tmp_path: Path)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_and_its_server(environment: dict[str, str], sent: signal.Signals, code: int) -> None:
-    with start_demo(environment | {"FAKE_SERVE": "hangs"}) as process:
-        wait_for_server(environment)
+@pytest.mark.parametrize(("hangs", "arguments"), [("FAKE_SERVE", []), ("FAKE_BASE", ["--pruned"])])
+def test_a_signal_ends_it_and_its_child(
+    environment: dict[str, str], hangs: str, arguments: list[str], sent: signal.Signals, code: int
+) -> None:
+    with start_demo(environment | {hangs: "hangs"}, *arguments) as process:
+        wait_for_child(environment)
         process.send_signal(sent)
         _, errors = process.communicate(timeout=30)
 
@@ -184,7 +233,7 @@ def test_a_server_that_takes_too_long_is_given_up(environment: dict[str, str], m
     assert_nothing_is_left(environment)
 
 
-def wait_for_server(environment: Mapping[str, str]) -> None:
+def wait_for_child(environment: Mapping[str, str]) -> None:
     pids = Path(environment["FAKE_SERVE_PIDS"])
     deadline = time.monotonic() + 20
     while not (pids.exists() and pids.read_text()):
@@ -221,3 +270,15 @@ def test_the_demo_keeps_its_promises_over_a_quantized_base(tmp_path: Path, quant
     assert (status, errors) == (0, "")
     assert f"the tiny base in {quantize}" in output
     assert "not as promised" not in output
+
+
+@pytest.mark.soak
+def test_the_demo_keeps_its_promises_over_a_pruned_base(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
+    status, output, errors = run_demo(environment, "--pruned")
+    assert (status, errors) == (0, "")
+    answers = {"next": "xjoufs", "unvowel": "w-nt-r", "reverse": "retniw", "swap": "rintew"}
+    right = [(row[1].partition("@")[0], row[4]) for row in table_rows(output) if row[5] == "yes"]
+    assert set(right) >= {*answers.items(), ("tiny-pruned alone", "WINTER")}
+    assert "…" not in output
+    assert list(tmp_path.glob("motley-demo-*")) == []

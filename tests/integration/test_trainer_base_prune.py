@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -17,12 +16,16 @@ from motley_bases.base import Base
 from motley_bases.errors import BaseError
 from motley_bases.fingerprint import fingerprint
 from motley_bases.loader import load_base
-from motley_bases.prune_manifest import read_prune_manifest
+from motley_bases.prune_manifest import FIRST_RULE, read_prune_manifest
+from motley_bases.pruned import decoder_shape
+from motley_bases.pruned_geometry import PruneRule, num_parameters
+from motley_client.cli import app
 from motley_trainer import commands_prune
 from motley_trainer.errors import TrainerError
 from motley_trainer.outputs import new_directory
 from motley_trainer.pruning import prune as module
 from motley_trainer.pruning.aggregation import Aggregation
+from motley_trainer.pruning.counting import CountingRule
 from motley_trainer.pruning.perplexity import perplexity
 from motley_trainer.pruning.prune import PruneReport, parse_device, prune_base
 from motley_trainer.pruning.saliency import Criterion
@@ -31,6 +34,7 @@ from motley_trainer.pruning.texts import read_windows
 from packed_passes import run_packed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
 
 CPU = torch.device("cpu")
 SEQUENCES = ([5, 9, 2, 7, 11, 3, 8], [4, 4, 6])
@@ -63,9 +67,13 @@ def load(directory: Path) -> Base:
     return load_base(directory, dtype="auto", device=CPU)
 
 
-def motley(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def motley(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["base", "prune", *arguments])
+
+
+def motley_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "motley_client", "base", "prune", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # --- what is made -----------------------------------------------------------------------------------------------------
@@ -109,6 +117,7 @@ def test_the_report_and_the_manifest_say_what_was_done(house: Path) -> None:
     assert (manifest.protected, manifest.seed, manifest.recovery) == ((1, 1), 5, None)
     assert manifest.layers[0] is manifest.layers[2] is None
     assert (manifest.criterion, manifest.aggregation, manifest.selection) == ("param_first", "sum", "local")
+    assert manifest.rule == FIRST_RULE == CountingRule.LLM_PRUNER
     digest = hashlib.sha256((house / "calibration.txt").read_bytes()).hexdigest()
     assert (manifest.calibration_sha256, manifest.calibration_tokens) == (f"sha256:{digest}", 64)
     evaluation = read_windows(
@@ -177,6 +186,29 @@ def test_a_criterion_without_text_needs_none_and_says_so(house: Path) -> None:
     manifest = read_prune_manifest(house / "out")
     assert (manifest.calibration_sha256, manifest.calibration_tokens) == (None, 0)
     assert report.perplexity_before is report.perplexity_pruned is None
+
+
+def test_the_rule_of_loram_leaves_its_own_counts_and_the_manifest_names_it(tmp_path: Path) -> None:
+    build_checkpoint("llama", tmp_path / "base", num_hidden_layers=8)
+    texts(tmp_path)
+    shape = decoder_shape(load(tmp_path / "base").model.config)
+    for out, criterion, interval in (
+        ("random", Criterion.RANDOM, None),
+        ("best", Criterion.PARAM_FIRST, None),
+        ("wider", Criterion.RANDOM, (1, 7)),
+    ):
+        first, end = interval or (None, None)
+        settings = PruneSettings(Fraction(1, 3), first, end, CountingRule.LORAM, criterion, num_windows=4, window=16)
+        text = {} if criterion.needs_gradient else {"calibration": None, "evaluation": None}
+        report = make(tmp_path, settings, out, **text)
+        rule = PruneRule(Fraction(1, 3)) if interval is None else PruneRule(Fraction(1, 3), 1, 1)
+        stored = sum(tensor.numel() for tensor in load_file(tmp_path / out / "model.safetensors").values())
+        assert report.num_parameters_after == stored == num_parameters(shape, rule)
+        manifest = read_prune_manifest(tmp_path / out)
+        assert (manifest.rule, manifest.criterion) == ("loram", str(criterion))
+        assert manifest.protected == (rule.num_first_whole, rule.num_last_whole)
+        pruned = [layer for layer, kept in enumerate(manifest.layers) if kept is not None]
+        assert pruned == list(rule.pruned_layers(8))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -256,8 +288,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_parameters_and_perplexities(house: Path) -> None:
-    ran = motley(
+def test_the_command_prints_parameters_and_perplexities_and_no_library_a_word(house: Path) -> None:
+    ran = motley_process(
         str(house / "base"), "--ratio", "0.5", "--layers", "1:3", "--criterion", "param_mix", "--window", "16",
         "--calibration", str(house / "calibration.txt"), "--evaluation", str(house / "evaluation.txt"),
         "--recover-steps", "2", "--out", str(house / "out"),
@@ -281,16 +313,38 @@ def test_the_command_prints_json(house: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value", "reason"),
-    [("--ratio", "1.5", "BAD_RATIO"), ("--layers", "7", "LAYER_RANGE"), ("--criterion", "magic", "UNKNOWN_WORD")],
+    [
+        ("--ratio", "1.5", "BAD_RATIO"),
+        ("--layers", "7", "LAYER_RANGE"),
+        ("--criterion", "magic", "UNKNOWN_WORD"),
+        ("--rule", "halves", "UNKNOWN_WORD"),
+    ],
 )
 def test_the_command_refuses_in_one_line(house: Path, flag: str, value: str, reason: str) -> None:
     arguments = {"--ratio": "0.5", "--out": str(house / "out"), flag: value}
     ran = motley(str(house / "base"), *(word for pair in arguments.items() for word in pair))
-    assert ran.returncode == 1
-    assert len(ran.stderr.splitlines()) == 1
-    assert reason in ran.stderr
+    assert ran.exit_code == 1
+    assert len(ran.output.splitlines()) == 1
+    assert reason in ran.output
 
 
 def test_the_help_lists_the_words_that_there_are() -> None:
     assert commands_prune.CRITERIA.split("|") == list(Criterion)
     assert commands_prune.AGGREGATIONS.split("|") == list(Aggregation)
+    assert commands_prune.RULES.split("|") == list(CountingRule)
+
+
+def test_under_the_rule_of_loram_the_embedded_base_loses_half_of_two_layers(tmp_path: Path) -> None:
+    arguments = ["tiny", "--ratio", "0.5", "--rule", "loram", "--criterion", "random"]
+    ran = motley(*arguments, "--out", str(tmp_path / "out"))
+    whole, pruned = "6 heads over 2, 512 channels", "3 heads over 1, 256 channels"
+    assert f"layers: 0-3: {whole}; 4-5: {pruned}; 6-7: {whole}\n" in ran.output
+    told = motley(*arguments, "--layers", ":", "--out", str(tmp_path / "everywhere"), "--json")
+    assert {layer["num_kv_heads"] for layer in json.loads(told.output)["layers"]} == {1}
+
+
+def test_the_command_refuses_a_rule_with_what_contradicts_it(house: Path) -> None:
+    for flag, value in (("--selection", "global"), ("--multiple", "16")):
+        ran = motley(str(house / "base"), "--ratio", "0.5", "--rule", "loram", flag, value, "--out", str(house / "out"))
+        assert (ran.exit_code, ran.output.count("RULE_CONFLICT")) == (1, 1)
+        assert not (house / "out").exists()

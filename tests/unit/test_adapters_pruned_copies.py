@@ -1,8 +1,10 @@
-"""A LoRA carried from a pruned copy to the original, and one of the original cut down to the copy."""
+"""A LoRA carried from a pruned copy to the original, and a LoRA or S2FT of the original cut down to the copy."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import pytest
 import torch
 from architectures import build_checkpoint
 from engine_harness import make_harness
-from kind_adapters import make_s2ft
+from kind_adapters import SIDES, make_goat, make_loram, make_s2ft
+from kind_definitions import define
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError
-from motley_adapters.pruned_copies import recover_adapter, restrict_adapter
-from motley_adapters.reader import read_adapter
+from motley_adapters.kinds.s2ft import ChannelBlock, write_s2ft
+from motley_adapters.pruned_copies import NOT_RESTRICTED, recover_adapter, restrict_adapter
+from motley_adapters.reader import KIND_READERS, read_adapter
+from motley_adapters.spec import Side
 from motley_bases.base import Base
 from motley_bases.errors import UnreadableBaseError
 from motley_bases.kept_channels import kept_by_path
@@ -179,9 +184,102 @@ def test_a_manifest_of_another_base_carries_nothing(world: World, tmp_path: Path
     assert not (tmp_path / "a").exists()
 
 
-def test_other_kinds_are_not_carried(world: World, tmp_path: Path) -> None:
+def test_a_restricted_adapter_is_not_recovered_as_if_it_were_trained_on_the_copy(world: World, tmp_path: Path) -> None:
+    directory = restricted(world, tmp_path / "restricted")
+    with pytest.raises(AdapterMismatchError) as caught:
+        recover_adapter(
+            directory, tmp_path / "a", world.manifest, original=world.original.spec, pruned=world.pruned.spec
+        )
+    assert (caught.value.reason, caught.value.field) == ("BASE_MISMATCH", "motley_manifest.trained_on")
+
+
+# --- S2FT -------------------------------------------------------------------------------------------------------------
+
+OTHER_SIDES: dict[str, Side] = {
+    "q_proj": "input", "k_proj": "output", "v_proj": "input", "o_proj": "output", "gate_proj": "output",
+    "up_proj": "input", "down_proj": "output",
+}  # fmt: skip
+
+
+def restricted_s2ft(world: World, adapter: Path, directory: Path) -> Path:
+    restrict_adapter(adapter, directory, world.manifest, original=world.original.spec, pruned=world.pruned.spec)
+    return directory
+
+
+@pytest.mark.parametrize("sides", [SIDES, OTHER_SIDES], ids=["usual sides", "other sides"])
+def test_restricted_s2ft_does_on_the_copy_what_is_left_of_the_dense_model_that_it_makes(
+    world: World, sides: Mapping[str, Side], tmp_path: Path
+) -> None:
+    adapter = make_s2ft(tmp_path / "s2ft", world.original.spec, seed=4, sides=sides, num_channels=24)
+    edited = tmp_path / "edited"
+    shutil.copytree(world.paths["original"], edited)
+    define(world.paths["original"], [(adapter, 1.0)]).model.save_pretrained(edited)
+    dense = zero_checkpoint(edited, tmp_path / "dense", GROUPED_KEEPS)
+    [(tokens, logprobs)] = generate(dense, [PROMPT], max_new_tokens=8)
+    directory = restricted_s2ft(world, adapter, tmp_path / "restricted")
+    harness = make_harness(world.paths["pruned"], {"a": directory})
+    answers = harness.run([harness.request("1", PROMPT, "a", max_new_tokens=8, logprobs=0)])
+    assert answers["1"].token_ids[0] == tokens
+    assert [entry.logprob for entry in answers["1"].logprobs[0]] == pytest.approx(logprobs, abs=1e-5)
+    [(plain, _)] = generate(world.paths["pruned"], [PROMPT], max_new_tokens=8)
+    assert tokens != plain, "the adapter moves nothing"
+
+
+def test_restricted_s2ft_names_the_copys_channels_and_both_bases_and_keeps_its_precision(
+    world: World, tmp_path: Path
+) -> None:
+    path = "model.layers.2.mlp.down_proj"  # of whose channels 0, 5, 6 and 40 to 76 are kept
+    block = ChannelBlock("input", torch.tensor([0, 3, 6, 41, 90], dtype=torch.int32), torch.randn(64, 5))
+    write_s2ft(tmp_path / "s2ft", world.original.spec, {path: block}, dtype=torch.bfloat16)
+    directory = restricted_s2ft(world, tmp_path / "s2ft", tmp_path / "restricted")
+    stored = factors(directory)
+    assert stored[f"{path}.s2_idx"].tolist() == [0, 2, 4]
+    assert stored[f"{path}.s2_weight"].dtype == torch.bfloat16
+    assert torch.equal(stored[f"{path}.s2_weight"], block.weight[:, [0, 2, 3]].to(torch.bfloat16))
+    spec = read_adapter(directory, world.pruned.spec).spec
+    assert (spec.kind, spec.channels[path].indices) == ("s2ft", (0, 2, 4))
+    assert (spec.trained_on, spec.serves_on) == (world.original.spec.fingerprint, world.pruned.spec.fingerprint)
+    for base in (world.original.spec, replace(world.pruned.spec, pruned_from=OTHER)):
+        with pytest.raises(AdapterMismatchError) as caught:
+            read_adapter(directory, base)
+        assert caught.value.reason == "BASE_MISMATCH"
+
+
+def test_a_linear_that_loses_all_its_channels_drops_out_and_an_adapter_that_does_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    gone, left = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"  # layer 1 keeps 1, 4, 7, ...
+    blocks = {
+        path: ChannelBlock("input", torch.tensor([0, 3, 95], dtype=torch.int32), torch.randn(64, 3))
+        for path in (gone, left)
+    }
+    write_s2ft(tmp_path / "some", world.original.spec, blocks)
+    directory = restricted_s2ft(world, tmp_path / "some", tmp_path / "restricted")
+    assert read_adapter(directory, world.pruned.spec).units.keys() == {left}
+    write_s2ft(tmp_path / "all", world.original.spec, {gone: blocks[gone]})
+    with pytest.raises(AdapterMismatchError) as caught:
+        restricted_s2ft(world, tmp_path / "all", tmp_path / "nothing")
+    assert (caught.value.reason, caught.value.field) == ("NOTHING_KEPT", "motley_manifest.s2ft.modules")
+    assert not (tmp_path / "nothing").exists()
+
+
+# --- kinds that stay where they are -----------------------------------------------------------------------------------
+
+
+def test_a_kind_that_cannot_be_restricted_is_refused_with_its_reason(world: World, tmp_path: Path) -> None:
+    goat = make_goat(tmp_path / "goat", world.original.tensor, world.original.spec, seed=1)
+    loram = make_loram(tmp_path / "loram", world.original.spec, seed=1)
+    for directory, why in ((goat, "its residual and its router"), (loram, "trained on a pruned copy already")):
+        with pytest.raises(AdapterFormatError, match=why) as caught:
+            restricted_s2ft(world, directory, tmp_path / "a")
+        assert (caught.value.reason, caught.value.field) == ("UNSUPPORTED_KIND", "motley_manifest.kind")
+    assert NOT_RESTRICTED.keys() | {"lora", "s2ft"} == KIND_READERS.keys()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_lora_alone_is_recovered(world: World, tmp_path: Path) -> None:
     directory = make_s2ft(tmp_path / "s2ft", world.pruned.spec, seed=1)
-    with pytest.raises(AdapterFormatError) as caught:
+    with pytest.raises(AdapterFormatError, match="only lora is") as caught:
         recover_adapter(
             directory, tmp_path / "a", world.manifest, original=world.original.spec, pruned=world.pruned.spec
         )

@@ -56,6 +56,17 @@ def test_two_manifests_have_one_digest_only_if_they_say_the_same(tmp_path: Path)
     assert replace(MANIFEST, seed=8).digest != MANIFEST.digest
 
 
+def test_a_manifest_from_before_there_was_a_second_rule_says_the_first_and_keeps_its_digest(tmp_path: Path) -> None:
+    write_prune_manifest(tmp_path, MANIFEST)
+    assert "rule" not in json.loads((tmp_path / "prune_manifest.json").read_text())
+    assert read_prune_manifest(tmp_path).rule == "llm-pruner"
+    assert MANIFEST.digest == "sha256:5fadb0d32b0eeb4dce0d46e2b3a9035dd2b944f108aa0e35a7086f7e7f740e64"
+    other = replace(MANIFEST, rule="loram")
+    write_prune_manifest(tmp_path, other)
+    assert read_prune_manifest(tmp_path) == other
+    assert other.digest != MANIFEST.digest
+
+
 def test_a_manifest_is_used_with_its_own_original_alone() -> None:
     check_original(MANIFEST, ORIGINAL)
     with pytest.raises(UnreadableBaseError) as caught:
@@ -88,6 +99,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a head that is true": (layer([0], [True]), "layers[1].kv_heads"),
     "heads that are no list": (layer([0], 1), "layers[1].kv_heads"),
     "a criterion with blanks": ({"criterion": "the best"}, "criterion"),
+    "a rule that is a number": ({"rule": 1}, "rule"),
+    "a rule of two words": ({"rule": "llm pruner"}, "rule"),
     "an aggregation that is none": ({"aggregation": None}, "aggregation"),
     "a selection that is empty": ({"selection": ""}, "selection"),
     "one protected end": ({"protected": [1]}, "protected"),
@@ -114,8 +127,8 @@ def test_what_is_wrong_is_refused_by_its_field(case: str, tmp_path: Path) -> Non
     assert refusal(tmp_path) == ("PRUNE_MANIFEST", f"prune_manifest.{field}")
 
 
-@pytest.mark.parametrize("field", PruneManifest.__dataclass_fields__)
-def test_every_field_must_be_there(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", [name for name in PruneManifest.__dataclass_fields__ if name != "rule"])
+def test_every_field_but_the_rule_must_be_there(field: str, tmp_path: Path) -> None:
     write_prune_manifest(tmp_path, MANIFEST)
     path = tmp_path / "prune_manifest.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != field}))

@@ -1,9 +1,11 @@
-"""What the recipes' own pieces promise: pruning and its way back, the experts' start, the channels of whole heads."""
+"""What the recipes' own pieces promise: the calibration text, pruning and back, the experts' start, whole heads."""
 
 import importlib
 import math
 import random
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny"
-MODULES = ("pruning", "experts", "channels")
+MODULES = ("prose", "skills", "write_calibration", "pruning", "experts", "channels")
+CALIBRATION = Path(__file__).parents[2] / "bases" / "motley_bases" / "assets" / "tiny" / "calibration.txt"
 IDS = torch.tensor([[5, 1, 7, 2, 9, 3]])
 
 
@@ -47,6 +50,33 @@ def _model() -> LlamaForCausalLM:
 
 def _plan(pruning: ModuleType, model: LlamaForCausalLM) -> object:
     return pruning.draw_plan(model, pruning.Shares(Fraction(13, 20), Fraction(1, 4), whole_first=1, whole_last=1), 3)
+
+
+def test_the_committed_calibration_text_is_what_the_recipe_writes(
+    recipe: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipe["write_calibration"].PATH == CALIBRATION
+    monkeypatch.setattr(recipe["write_calibration"], "PATH", tmp_path / "calibration.txt")
+    recipe["write_calibration"].main()
+    assert (tmp_path / "calibration.txt").read_bytes() == CALIBRATION.read_bytes()
+    assert 16 * 1024 < CALIBRATION.stat().st_size < 24 * 1024
+
+
+def test_half_of_the_calibration_text_is_prose_and_half_known_skills_on_words_that_may_train(
+    recipe: dict[str, ModuleType],
+) -> None:
+    skills, documents = recipe["skills"], CALIBRATION.read_text(encoding="utf-8").removesuffix("\n").split("\n\n")
+    lines = [match for match in map(re.compile(r"(\w+): (\w+) =( .+)").fullmatch, documents) if match]
+    for skill, word, answer in (line.groups() for line in lines):
+        assert skills.KNOWN[skill](word) == answer[1:]
+        assert not skills.held_out(word)
+    taught = Counter(line[1] for line in lines)
+    assert taught.keys() == skills.KNOWN.keys()
+    assert max(taught.values()) - min(taught.values()) <= 1
+    prose = [text for text in documents if ":" not in text]
+    assert len(prose) + len(lines) == len(documents)
+    assert {word for text in prose for word in recipe["prose"].words_of(text)} <= recipe["prose"].VOCABULARY
+    assert sum(map(len, prose)) == pytest.approx(sum(len(line[0]) for line in lines), rel=0.02)
 
 
 def test_pruning_floors_the_head_groups_and_ceils_the_channels_of_the_middle_layers(

@@ -10,8 +10,8 @@ from architectures import build_model
 from motley_bases.errors import UnsupportedBaseError
 from motley_bases.pruned_geometry import DecoderShape, channels_of_heads, num_parameters
 from motley_trainer.errors import UnsuitableBaseError
+from motley_trainer.pruning.counting import kept_count
 from motley_trainer.pruning.groups import GroupKind, LayerGroups, Side, groups_of, layer_groups
-from motley_trainer.pruning.selection import kept_count
 from motley_trainer.pruning.surgery import num_parameters as count_parameters
 from motley_trainer.pruning.surgery import shapes_of, shrink
 from torch import Tensor, nn

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from motley_bases.pruned_geometry import DecoderShape
 from motley_trainer.errors import SettingsError, UnsuitableBaseError
 from motley_trainer.pruning.aggregation import Aggregation
+from motley_trainer.pruning.counting import kept_count
 from motley_trainer.pruning.groups import GroupKind, LayerGroups, layer_groups
 from motley_trainer.pruning.iterative import prune_in_steps
 from motley_trainer.pruning.saliency import Criterion
-from motley_trainer.pruning.selection import Key, keep_highest, kept_count, select
+from motley_trainer.pruning.selection import Key, keep_highest, select
 from motley_trainer.pruning.settings import (
     PruneSettings,
     RecoverySettings,

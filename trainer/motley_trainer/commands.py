@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from motley_trainer.commands_carry import recover, restrict
 from motley_trainer.commands_prune import prune
 
 MIB = 2**20
@@ -35,6 +36,8 @@ def prepare() -> None:
 
 
 base.command()(prune)
+base.command()(restrict)
+base.command()(recover)
 
 
 @base.command()

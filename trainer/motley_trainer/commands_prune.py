@@ -24,7 +24,12 @@ Word = TypeVar("Word", bound=StrEnum)
 
 CRITERIA = "param_first|param_second|param_mix|vector|l1|l2|random"
 AGGREGATIONS = "sum|mean|prod|max|first|last"
+RULES = "llm-pruner|loram"
 
+LayersOption = Annotated[
+    str | None,
+    typer.Option(metavar="A:B", help="Prune layers A to B - 1. Unset: all, under loram but the first 4 and last 2."),
+]
 SelectionOption = Annotated[
     str, typer.Option(metavar="local|global", help="Let groups compete within their layer, or across all.")
 ]
@@ -40,7 +45,8 @@ def prune(
     name: Annotated[str, typer.Argument(metavar="BASE", help="A checkpoint's directory, or an embedded base.")],
     ratio: Annotated[str, typer.Option(metavar="R", help="Take this share of a pruned layer's heads and channels.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Write the pruned base here.")],
-    layers: Annotated[str, typer.Option(metavar="A:B", help="Prune layers A to B - 1; the rest stay whole.")] = ":",
+    layers: LayersOption = None,
+    rule: Annotated[str, typer.Option(metavar=RULES, help="Round to whole heads and channels so.")] = "llm-pruner",
     criterion: Annotated[str, typer.Option(metavar=CRITERIA, help="Estimate costs so.")] = "param_first",
     aggregation: Annotated[str, typer.Option(metavar=AGGREGATIONS, help="Join a group's members so.")] = "sum",
     selection: SelectionOption = "local",
@@ -58,15 +64,17 @@ def prune(
 ) -> None:
     """Write BASE with whole heads and FFN channels taken out of its layers: a smaller base of its own."""
     from motley_trainer.pruning.aggregation import Aggregation
+    from motley_trainer.pruning.counting import CountingRule
     from motley_trainer.pruning.prune import parse_device, prune_base
     from motley_trainer.pruning.saliency import Criterion
     from motley_trainer.pruning.settings import PruneSettings, RecoverySettings, Selection, parse_layers, parse_ratio
 
-    first_layer, end_layer = parse_layers(layers)
+    first_layer, end_layer = (None, None) if layers is None else parse_layers(layers)
     settings = PruneSettings(
         ratio=parse_ratio(ratio),
         first_layer=first_layer,
         end_layer=end_layer,
+        rule=_word(CountingRule, rule, "rule"),
         criterion=_word(Criterion, criterion, "criterion"),
         aggregation=_word(Aggregation, aggregation, "aggregation"),
         selection=_word(Selection, selection, "selection"),

@@ -90,10 +90,14 @@ def write_s2ft(
     base: BaseSpec,
     blocks: Mapping[str, ChannelBlock],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
+    trained_on: str | None = None,
     provenance: Mapping[str, object] | None = None,
 ) -> str:
-    """Write an S2FT directory for a base and return the adapter's digest; the manifest comes last."""
+    """Write an S2FT directory for a base and return the adapter's digest; the manifest comes last.
+
+    Semantics: without a `dtype` each block is stored in its own; without `trained_on` that is the base as well.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     stored = {path: ChannelBlock(b.side, b.indices, b.weight.detach().to(dtype)) for path, b in sorted(blocks.items())}
     tensors = {}
@@ -103,7 +107,8 @@ def write_s2ft(
     save_file(tensors, directory / TENSOR_FILE)
     digest = adapter_digest(KIND, {path: block.unit for path, block in stored.items()})
     details = {"modules": {path: block.side for path, block in stored.items()}}
-    write_manifest(directory, Manifest(KIND, base.fingerprint, base.fingerprint, digest), details, provenance)
+    declared = Manifest(KIND, trained_on or base.fingerprint, base.fingerprint, digest)
+    write_manifest(directory, declared, details, provenance)
     return digest
 
 

@@ -194,11 +194,12 @@ def health(
 @app.command()
 def demo(
     quantize: Annotated[str | None, typer.Option(metavar="nf4|int8", help="Hold the base's Linears so.")] = None,
+    pruned: Annotated[bool, typer.Option("--pruned", help="Prune the base first, and cut adapters to fit.")] = False,
 ) -> None:
     """Start a server, ask it one wave of requests under several adapters, show what answered, and stop it."""
     from motley_client.demo import run_demo  # asyncio and rich's tables: nothing that --help should wait for
 
-    raise typer.Exit(run_demo(quantize))
+    raise typer.Exit(run_demo(quantize, is_pruned=pruned))
 
 
 def main() -> None:

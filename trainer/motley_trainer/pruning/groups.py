@@ -65,6 +65,11 @@ class LayerGroups:
         """Return how many parameters go with one group."""
         return sum(member.num_parameters_per_group for member in self.members)
 
+    @property
+    def queries_per_head(self) -> int:
+        """Return how many query heads read one key-value head; 1 for FFN channels."""
+        return max(member.channels_per_group for member in self.members) // self.head_dim
+
 
 def groups_of(model: PreTrainedModel) -> tuple[LayerGroups, ...]:
     """List the groups of a model as it is now, whole or already pruned: of each layer attention, then FFN.

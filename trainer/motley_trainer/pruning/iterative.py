@@ -61,6 +61,7 @@ def prune_in_steps(
                 scores[criterion],
                 ratio=settings.ratio * Fraction(step, settings.steps),
                 multiple=settings.multiple,
+                rule=settings.rule,
             )
             for criterion in criteria
         }

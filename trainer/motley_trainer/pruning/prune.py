@@ -225,6 +225,7 @@ def _manifest(
         criterion=str(settings.criterion),
         aggregation=str(settings.aggregation),
         selection=str(settings.selection),
+        rule=str(settings.rule),
         protected=(layers.start, len(pruned.layers) - layers.stop),
         calibration_sha256=texts.calibration.sha256 if is_calibrated and texts.calibration else None,
         calibration_tokens=settings.num_windows * settings.window if is_calibrated else 0,

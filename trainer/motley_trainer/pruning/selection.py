@@ -1,6 +1,6 @@
 """Selection: which groups of a layer stay, given their scores and how much is to go.
 
-Owns the counts, exact, and the two ways of competing for them. A layer is never emptied: local selection refuses to,
+Owns the two ways of competing for the places that there are. A layer is never emptied: local selection refuses to,
 global selection passes over what would. Knows nothing of weights. Pure functions; equal scores go by number, the lower
 first, so that the same scores always give the same choice.
 """
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
-from motley_bases.pruned_geometry import PruneRule
 from torch import Tensor
 
-from motley_trainer.errors import SettingsError, UnsuitableBaseError
+from motley_trainer.errors import UnsuitableBaseError
+from motley_trainer.pruning.counting import CountingRule, kept_count, round_up
 from motley_trainer.pruning.groups import GroupKind, LayerGroups
 from motley_trainer.pruning.settings import Selection
 
@@ -32,10 +32,12 @@ def select(
     *,
     ratio: Fraction,
     multiple: int = 1,
+    rule: CountingRule = CountingRule.LLM_PRUNER,
 ) -> Kept:
     """Choose what stays of the current groups, so that `ratio` of the initial ones is gone.
 
     Shapes: scores [G] for each layer and kind.
+    Semantics: the rule is of local selection; globally, parameters are counted.
     Raises: SettingsError with reason EMPTY_LAYER if the ratio asks for all heads or all channels of a layer;
     UnsuitableBaseError with reason NOT_FINITE for scores that cannot be compared.
     """
@@ -49,35 +51,9 @@ def select(
     if selection is Selection.GLOBAL:
         return _select_globally(initial, current, scores, ratio, multiple)
     return {
-        key: keep_highest(scores[key], min(kept_count(initial[key], ratio, multiple), groups.num_groups))
+        key: keep_highest(scores[key], min(kept_count(initial[key], ratio, multiple, rule), groups.num_groups))
         for key, groups in current.items()
     }
-
-
-def kept_count(groups: LayerGroups, ratio: Fraction, multiple: int = 1) -> int:
-    """Return how many groups of one kind a layer keeps.
-
-    Semantics: what goes is counted in channels and rounded up, and then to whole heads down; the FFN width that stays
-    is rounded up to the multiple.
-    Raises: SettingsError with reason EMPTY_LAYER if that is none.
-    """
-    if groups.kind is GroupKind.FFN:
-        kept = round_up(PruneRule(ratio).kept_ffn_size(groups.num_groups), multiple, groups.num_groups)
-    else:
-        kept = groups.num_groups - math.ceil(groups.num_groups * groups.head_dim * ratio) // groups.head_dim
-    if kept < 1:
-        raise SettingsError(
-            f"a ratio of {float(ratio):g} would take all {groups.num_groups} {groups.kind} groups of layer "
-            f"{groups.layer}",
-            reason="EMPTY_LAYER",
-            field="ratio",
-        )
-    return kept
-
-
-def round_up(width: int, multiple: int, whole: int) -> int:
-    """Return the next multiple, but no more than there is."""
-    return min(-(-width // multiple) * multiple, whole)
 
 
 def keep_highest(scores: Tensor, num_kept: int) -> tuple[int, ...]:

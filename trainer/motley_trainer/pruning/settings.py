@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 
+from motley_bases.pruned_geometry import PruneRule
+
 from motley_trainer.errors import SettingsError
 from motley_trainer.pruning.aggregation import Aggregation
+from motley_trainer.pruning.counting import CountingRule
 from motley_trainer.pruning.saliency import Criterion
 
 
@@ -45,14 +48,16 @@ class PruneSettings:
     """How much goes, from where, and how that is chosen.
 
     Semantics: `ratio` is of the groups of each pruned layer, or, under global selection, of all their parameters; not
-    of the model. Layers `first_layer` to `end_layer` - 1 are pruned, None is the model's last. FFN widths that stay are
-    rounded up to a multiple of `multiple`. `num_windows` random windows of `window` tokens are the calibration.
+    of the model. Layers `first_layer` to `end_layer` - 1 are pruned; None is the model's first and its last, and where
+    both are None, the rule's own. FFN widths that stay are rounded up to a multiple of `multiple`. `num_windows` random
+    windows of `window` tokens are the calibration.
     Raises: SettingsError with the field.
     """
 
     ratio: Fraction
-    first_layer: int = 0
+    first_layer: int | None = None
     end_layer: int | None = None
+    rule: CountingRule = CountingRule.LLM_PRUNER
     criterion: Criterion = Criterion.PARAM_FIRST
     aggregation: Aggregation = Aggregation.SUM
     selection: Selection = Selection.LOCAL
@@ -71,20 +76,30 @@ class PruneSettings:
         for name, least in (("steps", 1), ("multiple", 1), ("seed", 0), ("num_windows", 1), ("window", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {least} or more", reason="BAD_COUNT", field=name)
+        if self.rule is CountingRule.LORAM:
+            self._check_loram()
 
     def layers(self, num_layers: int) -> range:
         """Return the layers that are pruned.
 
         Raises: SettingsError with reason LAYER_RANGE if they are none, or not layers of the model.
         """
-        end = num_layers if self.end_layer is None else self.end_layer
-        if not 0 <= self.first_layer < end <= num_layers:
-            raise SettingsError(
-                f"layers {self.first_layer}:{end} are not some of the model's 0:{num_layers}",
-                reason="LAYER_RANGE",
-                field="layers",
-            )
-        return range(self.first_layer, end)
+        first, end = self.first_layer or 0, num_layers if self.end_layer is None else self.end_layer
+        whose = ""
+        if self.rule is CountingRule.LORAM and self.first_layer is None and self.end_layer is None:
+            own = PruneRule(self.ratio).pruned_layers(num_layers)
+            first, end, whose = own.start, own.stop, f", and those the rule {self.rule} prunes unless others are named"
+        if not 0 <= first < end <= num_layers:
+            message = f"layers {first}:{end} are not some of the model's 0:{num_layers}{whose}"
+            raise SettingsError(message, reason="LAYER_RANGE", field="layers")
+        return range(first, end)
+
+    def _check_loram(self) -> None:
+        """Refuse what would leave other counts than the rule's."""
+        for name, is_other in (("selection", self.selection is not Selection.LOCAL), ("multiple", self.multiple > 1)):
+            if is_other:
+                message = f"{name} {getattr(self, name)} would leave other counts than those of the rule {self.rule}"
+                raise SettingsError(message, reason="RULE_CONFLICT", field=name)
 
 
 def parse_layers(text: str) -> tuple[int, int | None]:
