@@ -63,6 +63,9 @@ def run_demo(environment: Mapping[str, str], *arguments: str) -> tuple[int, str,
 def assert_nothing_is_left(environment: Mapping[str, str]) -> None:
     pids = [int(line) for line in Path(environment["FAKE_SERVE_PIDS"]).read_text().split()]
     assert pids
+    until = time.monotonic() + 5  # a kill is sent, and done a moment later
+    while any(map(is_running, pids)) and time.monotonic() < until:
+        time.sleep(0.01)
     assert [pid for pid in pids if is_running(pid)] == []
     assert list(Path(environment["TMPDIR"]).iterdir()) == []
 
