@@ -23,7 +23,7 @@ PROTOS_VENV := .venv-protos
 PROTOS_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==3.7.0
 PROTOS_INSTALLED := $(PROTOS_VENV)/.installed-$(subst ==,-,$(subst $() ,-,$(PROTOS_TOOLS)))
 
-.PHONY: help install demo serve check test soak bench gpu protos clean
+.PHONY: help install demo serve check test soak bench quality quality-page gpu protos clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,14 @@ soak: install ## The tests that take minutes
 
 bench: install ## The measurements on this machine, beside their peers
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v '_gpu\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# A subject is one script there; `make quality-page` measures nothing, and writes the page from the result files as they are.
+quality: install ## Measure what the methods' claims come to on the embedded base, and write docs/quality.md; a quarter of an hour
+	@for script in $$(grep -l __main__ benchmarks/quality/*.py | grep -v '/page\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/quality/page.py
+
+quality-page: install
+	$(BIN)/python benchmarks/quality/page.py
 
 # Runs where nothing was installed for it, from the roots, with whatever python3 there has; and where there is no GPU says so. Another release of torch or
 # transformers there may warn of what ours does not: that is shown and fails nothing. All of it shares one bound in seconds.

@@ -35,6 +35,7 @@ ACCOUNTED = {
     "make test": "this very run",
     "make soak": "minutes",
     "make bench": "minutes",
+    "make quality": "minutes; tests/unit/test_quality.py compares its page with the committed results",
     "make gpu": "a machine with a GPU",
     "docker build -t motley .": "`make check` lints the Dockerfile",
 }

@@ -1,0 +1,184 @@
+"""docs/quality.md is what the committed result files say, and what they hold was measured as the page tells it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from architectures import build_checkpoint
+from motley_bases.prune_manifest import LayerKeep
+from motley_trainer.pruning.iterative import Pruned
+from pruned_bases import GROUPED_KEEPS, prune_checkpoint
+
+HOUSE = Path(__file__).resolve().parents[2]
+RESULTS = HOUSE / "benchmarks" / "results"
+MODULES = ("claims", "costs", "embedded", "page", "pruning", "pruning_plan", "readings")
+FOLDERS = (HOUSE / "benchmarks", HOUSE / "recipes")
+RANDOM, FIRST = (
+    {"cut": "quarter_ends_whole", "criterion": name, "recovered": False} for name in ("random", "param_first")
+)
+
+
+@pytest.fixture(scope="module")
+def quality() -> Iterator[SimpleNamespace]:
+    """Import the modules as the scripts do, and forget them and all that they found beside them."""
+    path, before = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(HOUSE / "benchmarks" / "quality"))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and any(Path(file).is_relative_to(folder) for folder in FOLDERS):
+                del sys.modules[name]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
+    """Copy the result files with one of them changed."""
+
+    def change(edit: Callable[[dict[str, Any]], object]) -> Path:
+        for path in RESULTS.glob("quality_*.json"):
+            content = json.loads(path.read_text())
+            if path.stem == "quality_pruning":
+                edit(content)
+            (tmp_path / path.name).write_text(json.dumps(content))
+        return tmp_path
+
+    return change
+
+
+def row(content: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return the first row with these values."""
+    found: dict[str, Any] = next(row for row in content["cells"] if wanted.items() <= row.items())
+    return found
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_committed_results_say(quality: SimpleNamespace) -> None:
+    assert (HOUSE / "docs" / "quality.md").read_text() == quality.page.render()
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a row": lambda content: content["cells"].remove(row(content, RANDOM)),
+    "a row of two": lambda content: content["cells"].append(row(content, RANDOM)),
+    "a seed of a row": lambda content: row(content, RANDOM)["skills"].pop(),
+    "a figure of a row": lambda content: row(content, RANDOM).pop("perplexity"),
+    "what a cut takes": lambda content: content.pop("costs"),
+    "a seed": lambda content: content["seeds"].pop(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_a_result_file_that_lacks_something_is_refused(
+    quality: SimpleNamespace, results: Callable[..., Path], edit: Callable[[dict[str, Any]], object]
+) -> None:
+    with pytest.raises(quality.readings.IncompleteResultError, match=r"^quality_pruning has "):
+        quality.page.render(results(edit))
+
+
+def test_a_result_file_that_is_not_there_is_refused(quality: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(quality.readings.IncompleteResultError, match="make quality"):
+        quality.page.render(tmp_path)
+
+
+def test_the_word_of_a_claim_follows_its_numbers(quality: SimpleNamespace, results: Callable[..., Path]) -> None:
+    def turn(content: dict[str, Any]) -> None:
+        row(content, FIRST)["perplexity"] = [3.0] * 5
+        row(content, RANDOM)["perplexity"] = [2.0] * 5
+
+    line = "| `param_first` costs less than `random` | 19.09 against 27.51 | 18%: 3.000 against 2.000, 0 of 5 seeds<br>"
+    found = next(line for line in quality.page.render(results(turn)).splitlines() if "than `random` | 19" in line)
+    assert found.startswith(line)
+    assert found.split(" | ")[3].startswith("reversed<br>")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "below", "above"),
+    [
+        ([1, 1, 1, 1, 1], [2, 2, 2, 2, 2], "held", "reversed"),
+        ([1, 1, 1, 1, 2.5], [2, 2, 2, 2, 2], "held", "reversed"),
+        ([1, 1, 1, 2.5, 2.5], [2, 2, 2, 2, 2], "undecided", "undecided"),  # three of five
+        ([1, 1, 1, 1, 9], [2, 2, 2, 2, 2], "undecided", "undecided"),  # by the mean, the other way
+        ([1, 1, 1, 1, 1], [1, 1, 1, 1, 1], "undecided", "undecided"),
+        ([2, 2, 2, 2, 2], [1, 1, 1, 1, 1], "reversed", "held"),
+    ],
+)
+def test_a_claim_holds_by_the_mean_and_by_four_seeds_in_five(
+    quality: SimpleNamespace, first: list[float], second: list[float], below: str, above: str
+) -> None:
+    finding = quality.claims.Finding("here", first, second)
+    assert quality.claims.verdict(finding) == below
+    assert quality.claims.verdict(finding, is_below=False) == above
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_no_cell_is_measured_twice(quality: SimpleNamespace) -> None:
+    cells = quality.pruning_plan.list_cells()
+    assert len(cells) == len(set(cells))
+
+
+def test_nothing_held_out_is_learned_from(quality: SimpleNamespace) -> None:
+    drawn = {
+        seed: quality.embedded.draw_texts(seed, learned_letters=4000, held_out_letters=3000, words_per_skill=7)
+        for seed in (1, 2)
+    }
+    for texts in drawn.values():
+        assert sum(map(len, texts.learned)) >= 4000
+        assert not set(texts.learned) & set(texts.held_out)
+        asked = {word for words in texts.words.values() for word in words}
+        learned = {document.split()[1] for document in texts.learned if document.split()[0].endswith(":")}
+        assert len(learned) > 20
+        assert not asked & learned
+        assert {len(set(words)) for words in texts.words.values()} == {7}
+    assert drawn[1] != drawn[2]
+
+
+def test_a_document_that_was_learned_from_is_not_held_out(
+    quality: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality.embedded, "document", lambda rng: f"The {rng.randrange(40)}th baker sings.")
+    texts = quality.embedded.draw_texts(1, learned_letters=500, held_out_letters=300, words_per_skill=1)
+    assert len({document for document in texts.learned if document.endswith("baker sings.")}) > 5
+    assert not set(texts.learned) & set(texts.held_out)
+
+
+def test_what_is_gone_is_counted_in_heads_and_channels_of_the_whole_base(quality: SimpleNamespace) -> None:
+    base = SimpleNamespace(config=SimpleNamespace(num_key_value_heads=2, intermediate_size=4))
+    pruned = Pruned((None, LayerKeep(ffn_channels=(0, 2), kv_heads=(1,))), None)
+    assert quality.pruning.groups_gone(pruned, base) == {(1, "head", 0), (1, "channel", 1), (1, "channel", 3)}
+
+
+def test_whole_ends_are_paid_for_with_no_fewer_parameters() -> None:
+    costs = json.loads((RESULTS / "quality_pruning.json").read_text())["costs"]
+    for cut in ("quarter", "half"):
+        gone, with_whole_ends = (
+            costs["whole"]["parameters"] - costs[name]["parameters"] for name in (cut, f"{cut}_ends_whole")
+        )
+        assert gone <= with_whole_ends < 1.003 * gone
+
+
+def test_measured_bytes_and_flops_fall_as_computed(quality: SimpleNamespace, tmp_path: Path) -> None:
+    # Two layers lose one of two heads each, with two query heads of 16 channels, one 64 and one 56 FFN channels.
+    whole = build_checkpoint("llama", tmp_path / "whole")
+    pruned = prune_checkpoint(whole, tmp_path / "pruned", GROUPED_KEEPS)
+    head, channel = 64 * 16 * (2 + 1 + 1 + 2), 64 * 3
+    num_gone, num_tokens = 2 * head + (64 + 56) * channel, 10
+    sizes = [quality.costs.sizes(base)["parameters"] for base in (whole, pruned)]
+    held = [quality.costs.weight_bytes(base) for base in (whole, pruned)]
+    flops = [quality.costs.forward_flops(base, num_tokens) for base in (whole, pruned)]
+    assert sizes[0] - sizes[1] == num_gone
+    assert held[0].measured - held[1].measured == 4 * num_gone
+    assert flops[0].measured - flops[1].measured == 2 * num_tokens * num_gone + 2 * 2 * 4 * num_tokens**2 * 16
+    assert [cost.measured for cost in (*held, *flops)] == [cost.predicted for cost in (*held, *flops)]
