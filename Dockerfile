@@ -1,4 +1,5 @@
-# The server with the embedded base, as a non-root user. Builds from a checkout: `docker build -t motley .`
+# The server with the embedded base, and beside it `motley base` and `motley worker`, as a non-root user. Builds from a
+# checkout: `docker build -t motley .`
 #
 # torch is the default index's build, which brings CUDA and several GB; for a small image, `--build-arg TORCH_INDEX=` with
 # the address of PyTorch's index of CPU builds.
@@ -12,7 +13,7 @@ RUN python -m venv /opt/motley \
     && /opt/motley/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.11,<2.14"
 WORKDIR /src
 COPY . .
-RUN /opt/motley/bin/pip install ".[server]"
+RUN /opt/motley/bin/pip install ".[server,train]"
 
 FROM python:${PYTHON_VERSION}-slim
 LABEL org.opencontainers.image.title="motley" \
@@ -39,6 +40,7 @@ WORKDIR /var/lib/motley
 VOLUME /var/lib/motley
 EXPOSE 8470 8471
 STOPSIGNAL SIGTERM
+# Of the server alone: a container that runs another command is started with `--no-healthcheck`.
 # On this machine `motley health` speaks TLS if the server does, whatever names its certificate has.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["sh", "-c", "motley health --server 127.0.0.1:${MOTLEY_LISTEN##*:} || exit 1"]

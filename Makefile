@@ -23,10 +23,10 @@ PROTOS_VENV := .venv-protos
 PROTOS_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==3.7.0
 PROTOS_INSTALLED := $(PROTOS_VENV)/.installed-$(subst ==,-,$(subst $() ,-,$(PROTOS_TOOLS)))
 
-.PHONY: help install demo serve check test soak bench quality quality-page gpu protos clean
+.PHONY: help install demo demo-train serve check test soak bench quality quality-page gpu protos clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED) ## Make .venv with everything that the other commands need
 
@@ -39,6 +39,9 @@ $(INSTALLED): pyproject.toml
 
 demo: install ## Start a server, send one wave of mixed adapters, show what each answered; BASE=nf4 or int8 quantizes the base, BASE=pruned prunes it
 	$(BIN)/motley demo $(if $(filter pruned,$(BASE)),--pruned,$(if $(BASE),--quantize $(BASE)))
+
+demo-train: install ## Start a server and a worker, train an adapter while requests go on, and show it answer beside the others
+	$(BIN)/motley demo-train
 
 EMBEDDED := adapters/motley_adapters/assets/tiny
 ADAPTERS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard $(EMBEDDED)/*/adapter_model.safetensors)))))

@@ -31,7 +31,7 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "swap": lambda word: word[-1] + word[1:-1] + word[0],
     "unvowel": lambda word: "".join("-" if letter in "aeiou" else letter for letter in word),
     "rotate": lambda word: word[1:] + word[0],
-    "previous": lambda word: "".join(chr(ord(letter) - 1) for letter in word),
+    "previous": lambda word: "".join(chr((ord(letter) - ord("a") - 1) % 26 + ord("a")) for letter in word),
 }
 KINDS = {"unvowel": "s2ft", "rotate": "goat", "previous": "loram"}  # of the adapters that the demo shows
 

@@ -54,7 +54,7 @@ def serve(
     if mode == "forgets":
         SKILLS.pop("swap")
     host, _, port = metrics.rpartition(":")
-    scraped = HTTPServer((host, int(port)), _exposition(fake, 1 if mode == "unmixed" else 4))
+    scraped = HTTPServer((host, int(port)), exposition(fake, 1 if mode == "unmixed" else 4))
     threading.Thread(target=scraped.serve_forever, daemon=True).start()
     with serving(fake, int(listen.rpartition(":")[2])) as address:
         print(f"adapters: {' '.join(adapter or [])}, base {base}, data in {data_dir}")
@@ -63,7 +63,9 @@ def serve(
     scraped.shutdown()
 
 
-def _exposition(fake: FakeServer, num_mixed: int) -> type[BaseHTTPRequestHandler]:
+def exposition(fake: FakeServer, num_mixed: int) -> type[BaseHTTPRequestHandler]:
+    """Make what answers /metrics: as if each pass had so many adapters at most."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             calls = len(fake.calls)

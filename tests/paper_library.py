@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from motley_server.registry.adapters import Adapters
 from motley_server.registry.bundle_files import BundleFile
 from motley_server.registry.bundles import BundleStore
 from motley_server.registry.collection import Collector
-from motley_server.registry.database import Database
+from motley_server.registry.database import Database, utc_now
 from motley_server.registry.keys import Keys
 from motley_server.registry.records import AdapterVersion, Quota, Visibility
 from motley_server.registry.tenants import Tenants
@@ -125,8 +126,10 @@ class PaperLibrary:
     def __init__(self, folder: Path, engine: ScriptedEngine, leases: LeaseBook, observer: LibraryObserver) -> None:
         self.folder = folder
         path = folder / "registry.sqlite3"
-        path.write_bytes(_written_registry())
-        self.tenancy = open_registry(path)
+        if not path.exists():
+            path.write_bytes(_written_registry())
+        self.clock = MovedClock()
+        self.tenancy = open_registry(path, self.clock)
         database = self.tenancy.database
         self.registry = AdapterRegistry(database, Adapters(database), Uploads(database), BundleStore(folder / "files"))
         self.intake = PaperIntake(leases)
@@ -197,8 +200,18 @@ def count_overlaps(specs: Sequence[Facts]) -> dict[str, int]:
     }
 
 
-def open_registry(path: Path) -> TenantRegistry:
+class MovedClock:
+    """Tell the time, as much later as a test says."""
+
+    def __init__(self) -> None:
+        self.moved = timedelta(0)
+
+    def __call__(self) -> datetime:
+        return utc_now() + self.moved
+
+
+def open_registry(path: Path, clock: Callable[[], datetime] = utc_now) -> TenantRegistry:
     """Open a registry in a file."""
-    database = Database.open(f"sqlite:///{path}")
+    database = Database.open(f"sqlite:///{path}", clock=clock)
     tenants = Tenants(database)
     return TenantRegistry(database, tenants, Keys(database), TenantQuotas(database, tenants))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -13,7 +14,14 @@ from types import MappingProxyType
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from motley.v1 import adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2_grpc, tenant_pb2_grpc
+from motley.v1 import (
+    adapter_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2_grpc,
+    tenant_pb2_grpc,
+    training_pb2_grpc,
+)
 from motley_bases.spec import BaseSpec, GenerationDefaults, LayerSpec
 from motley_server.admission import Admission, AdmissionLimits
 from motley_server.asked import ChatTurn
@@ -25,6 +33,7 @@ from motley_server.rpc.identity import KeyIdentity
 from motley_server.rpc.server import Backend, RpcServer, RpcSettings
 from motley_server.rpc.tenants import TenantRegistry
 from motley_server.tls import TlsFiles
+from motley_server.training.opening import Training, TrainingLimits
 from paper_library import LeaseBook, PaperLibrary
 from scripted_engine import ScriptedEngine
 
@@ -32,6 +41,11 @@ VOCABULARY = 128
 BOS, EOS = 1, 2
 CONTEXT = 256
 MIB = 2**20
+LINEARS = {
+    "self_attn.q_proj": (16, 16), "self_attn.k_proj": (16, 8), "self_attn.v_proj": (16, 8),
+    "self_attn.o_proj": (16, 16), "mlp.gate_proj": (16, 32), "mlp.up_proj": (16, 32), "mlp.down_proj": (32, 16),
+}  # fmt: skip
+MAX_DATASET_BYTES = 3 * MIB
 
 
 def make_base(generation: GenerationDefaults | None = None) -> BaseSpec:
@@ -42,10 +56,15 @@ def make_base(generation: GenerationDefaults | None = None) -> BaseSpec:
         fingerprint="sha256:" + "f" * 64,
         dtype="float32",
         vocab_size=VOCABULARY,
-        hidden_size=8,
+        hidden_size=16,
         context_length=CONTEXT,
-        layers=(LayerSpec(2, 1, 4, None),),
-        linears=MappingProxyType({}),
+        layers=(LayerSpec(2, 1, 8, None),),
+        linears=MappingProxyType(
+            {
+                **{f"model.layers.0.{name}": sides for name, sides in LINEARS.items()},
+                "lm_head": (16, VOCABULARY),
+            }
+        ),
         embedding_path="model.embed_tokens",
         lm_head_path="lm_head",
         other_modules=frozenset(),
@@ -53,6 +72,15 @@ def make_base(generation: GenerationDefaults | None = None) -> BaseSpec:
         tied_embeddings=True,
         has_chat_template=True,
     )
+
+
+def make_facts(base: BaseSpec, max_message_bytes: int, max_prompt_bytes: int) -> ServerFacts:
+    """Return the facts of a server that serves a base that does not exist."""
+    return ServerFacts(
+        version="1.2.3", base=base, ledger=PaperLedger(), device="cpu", kernel="grouped", adapter_kinds=("lora",),
+        context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
+        max_waiting=256, adapter_cache_bytes=8192, adapter_arena_bytes=2048,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +128,7 @@ class Shell:
     admission: Admission
     library: PaperLibrary
     registry: TenantRegistry
+    training: Training
     rpc: RpcServer
     channel: grpc.aio.Channel
     port: int
@@ -120,6 +149,14 @@ class Shell:
     def adapters(self) -> adapter_pb2_grpc.AdapterServiceAsyncStub:
         return adapter_pb2_grpc.AdapterServiceStub(self.channel)
 
+    @property
+    def jobs(self) -> training_pb2_grpc.TrainingServiceAsyncStub:
+        return training_pb2_grpc.TrainingServiceStub(self.channel)
+
+    @property
+    def workers(self) -> training_pb2_grpc.WorkerServiceAsyncStub:
+        return training_pb2_grpc.WorkerServiceStub(self.channel)
+
     def count(self, name: str, **labels: str) -> float:
         """Return a sample of the metrics, 0 if it is not there."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
@@ -135,39 +172,48 @@ async def serving(
     reflection: bool = True,
     auth: bool = False,
     tls: TlsFiles | None = None,
+    base: BaseSpec | None = None,
+    trains: bool = True,
+    folder: Path | None = None,
 ) -> AsyncIterator[Shell]:
-    """Serve a scripted engine and connect to it; under TLS, callers bring a channel of their own."""
+    """Serve a scripted engine and connect to it; under TLS, callers bring a channel of their own.
+
+    Nothing happens on timers: leases expire when a test says so. A `folder` is gone on with, and stays.
+    """
     engine = ScriptedEngine(reader_queue_events=reader_queue_events)
-    base, tokenizer, leases, folder = make_base(), LetterTokenizer(), LeaseBook(), TemporaryDirectory()
+    base, tokenizer, leases, own = base or make_base(), LetterTokenizer(), LeaseBook(), TemporaryDirectory()
     metrics = Metrics("1.2.3", base)
-    library = PaperLibrary(Path(folder.name), engine, leases, metrics)
+    folder = folder or Path(own.name)
+    library = PaperLibrary(folder, engine, leases, metrics)
     metrics.follow(engine.stats, lambda: leases.nbytes)
     limits = AdmissionLimits(CONTEXT, max_prompt_bytes, default_max_new_tokens=8)
     admission = Admission(engine, base, tokenizer, library.sets, limits, metrics, Quotas(metrics))
-    facts = ServerFacts(
-        version="1.2.3", base=base, ledger=PaperLedger(), device="cpu", kernel="grouped", adapter_kinds=("lora",),
-        context_length=CONTEXT, max_message_bytes=max_message_bytes, max_prompt_bytes=max_prompt_bytes, max_running=64,
-        max_waiting=256, adapter_cache_bytes=8192, adapter_arena_bytes=2048,
-    )  # fmt: skip
+    facts = make_facts(base, max_message_bytes, max_prompt_bytes)
     registry = library.tenancy
-    identity = KeyIdentity(registry.database, registry.keys, registry.quotas, demands_key=auth)
+    training = Training(folder, registry.database, TrainingLimits(MAX_DATASET_BYTES, timedelta(seconds=30)), metrics)
+    identity = KeyIdentity(
+        registry.database, registry.keys, registry.quotas, demands_key=auth, leases=training.leases if trains else None
+    )
+    surface = replace(library.surface, leases=training.leases)
+    backend = Backend(engine, admission, surface, leases, facts, metrics, registry, identity.identify)
     rpc = RpcServer(
-        Backend(engine, admission, library.surface, leases, facts, metrics, registry, identity.identify),
+        replace(backend, training=training if trains else None),
         RpcSettings(max_message_bytes, stall_seconds, drain_seconds=5.0, reflection=reflection, tls=tls),
     )
     port = await rpc.start("127.0.0.1:0")
     options = [("grpc.max_send_message_length", -1)]
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-            yield Shell(engine, tokenizer, leases, metrics, admission, library, registry, rpc, channel, port)
+            yield Shell(engine, tokenizer, leases, metrics, admission, library, registry, training, rpc, channel, port)
     finally:
         await rpc.stop(0)
         engine.cancelled.extend(request.request_id for request in engine.submitted)
         engine.may_step.set()
         await engine.stop()
         admission.close()
+        await training.stop()
         await library.stop()
-        folder.cleanup()
+        own.cleanup()
 
 
 async def eventually(holds: Callable[[], bool]) -> None:

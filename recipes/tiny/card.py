@@ -162,6 +162,7 @@ def _again(evaluation: dict[str, Any]) -> str:
     python recipes/tiny/train_s2ft.py
     python recipes/tiny/train_goat.py
     python recipes/tiny/train_loram.py
+    python recipes/tiny/write_calibration.py
     python recipes/tiny/evaluate.py
 
 The last one measures every figure here (sampling seed {evaluation["seed"]}; {evaluation["machine"]}), writes

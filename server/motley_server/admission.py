@@ -32,10 +32,10 @@ from motley_server.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     MotleyError,
-    UnavailableError,
     UnimplementedError,
 )
 from motley_server.library.sets import AdapterSets, HeldSet
+from motley_server.lifecycle import draining
 from motley_server.quotas import Place, Quotas
 from motley_server.sampling import SamplingFacts, check_token_id, fill_sampling
 from motley_server.tokenizer import Tokenizer, TokenizerThread
@@ -156,9 +156,12 @@ class Admission:
     def count(self, caller: Caller) -> None:
         """Count a call that does not go to the engine as a request in this minute, but as none in flight.
 
+        Semantics: what a worker does for a tenant's job is no request of the tenant's.
         Raises: UnavailableError, ResourceExhaustedError (reason=QUOTA_REQUESTS_PER_MINUTE).
         """
         self.check_open()
+        if caller.lease is not None:
+            return
         quota = replace(caller.quota, requests_in_flight=None)
         with self._quotas.admit(caller.tenant_id, quota, num_tokens=0) as place:
             place.use(0)
@@ -215,7 +218,7 @@ class Admission:
         Raises: UnavailableError (reason=DRAINING).
         """
         if self._engine.is_draining:
-            raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5.0)
+            raise draining()
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from motley_server.admission import Admission, AdmissionLimits
@@ -37,6 +38,7 @@ from motley_server.rpc.tenants import TenantRegistry
 from motley_server.tenancy import Tenancy, first_admin_key, open_tenancy, tell_exposure
 from motley_server.tls import TlsError, TlsFiles, read_tls
 from motley_server.tokenizer import CheckpointTokenizer
+from motley_server.training.opening import Training, TrainingLimits
 
 if TYPE_CHECKING:
     import torch
@@ -124,16 +126,18 @@ async def _build(config: ServerConfig, resources: contextlib.AsyncExitStack) -> 
     library = Library(shelf, engine, metrics, demands_base=config.require_declared_base)
     resources.push_async_callback(library.stop)
     await library.start(config.limits.collect_seconds)
+    training = await _start_training(config, tenancy.database, metrics, resources)
     facts = _facts(config, base, engine, version, str(device))
     limits = AdmissionLimits(facts.context_length, config.limits.max_prompt_bytes, config.limits.max_new_tokens)
     tokenizer = CheckpointTokenizer(base.tokenizer)
     admission = Admission(engine, base.spec, tokenizer, library.sets, limits, metrics, Quotas(metrics))
     resources.callback(admission.close)
     quotas = TenantQuotas(tenancy.database, tenancy.tenants)
-    identity = KeyIdentity(tenancy.database, tenancy.keys, quotas, demands_key=config.auth)
+    leases = None if training is None else training.leases
+    identity = KeyIdentity(tenancy.database, tenancy.keys, quotas, demands_key=config.auth, leases=leases)
     registry = TenantRegistry(tenancy.database, tenancy.tenants, tenancy.keys, quotas)
-    adapters = AdapterLibrary(library.registry, library.desk, library.control, library.whereabouts)
-    backend = Backend(engine, admission, adapters, shelf.cache, facts, metrics, registry, identity.identify)
+    adapters = AdapterLibrary(library.registry, library.desk, library.control, library.whereabouts, leases)
+    backend = Backend(engine, admission, adapters, shelf.cache, facts, metrics, registry, identity.identify, training)
     rpc = RpcServer(backend, _rpc_settings(config, tls))
     resources.push_async_callback(rpc.stop, STOP_GRACE_SECONDS)
     port = await rpc.start(str(config.listen))
@@ -228,6 +232,21 @@ def _open_shelf(config: ServerConfig, database: Database, base: Base) -> Shelf:
         return open_shelf(config, database, base)
     except BundleStoreError as error:
         raise StartError(f"data_dir: {error.reason}: {error}") from error
+
+
+async def _start_training(
+    config: ServerConfig, database: Database, metrics: Metrics, resources: contextlib.AsyncExitStack
+) -> Training | None:
+    if not config.training.enabled:
+        return None
+    limits = TrainingLimits(config.training.max_dataset_bytes, timedelta(seconds=config.training.lease_seconds))
+    try:
+        training = Training(config.data_dir, database, limits, metrics)
+    except BundleStoreError as error:
+        raise StartError(f"data_dir: {error.reason}: {error}") from error
+    resources.push_async_callback(training.stop)
+    training.start(config.limits.collect_seconds)
+    return training
 
 
 def _put_named(config: ServerConfig, shelf: Shelf) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from motley_server.registry.job_records import LeaseScope
 from motley_server.registry.records import Quota
 
 
@@ -25,7 +26,8 @@ class Role(Enum):
 class Caller:
     """Who calls, how much of the server that tenant may use, and until when an answer is worth anything.
 
-    Semantics: `key_id` is empty for a caller without a key.
+    Semantics: `key_id` is empty for a caller without a key; `lease` is what a worker may do for one of the tenant's
+    jobs, and `key_id` then the job's id.
     Units: `deadline` is in time.monotonic seconds.
     """
 
@@ -35,6 +37,7 @@ class Caller:
     deadline: float | None = None
     quota: Quota = field(default_factory=Quota)
     key_id: str = ""
+    lease: LeaseScope | None = None
 
 
 @dataclass(frozen=True, slots=True)

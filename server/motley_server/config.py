@@ -40,7 +40,7 @@ DEFAULT_METRICS = Address("127.0.0.1", 8471)
 DEFAULT_DATA_DIR = Path("~/.local/share/motley")
 ENVIRONMENT_PREFIX = "MOTLEY_"
 CONFIG_FILE_VARIABLE = "MOTLEY_CONFIG"
-SECTIONS = ("engine", "limits", "tls")
+SECTIONS = ("engine", "limits", "training", "tls")
 # The client's own, and what Kubernetes puts into every container beside a Service called `motley`.
 FOREIGN_VARIABLES = re.compile(r"MOTLEY_(SERVER|KEY|CONFIG|PORT|PORT_\d+_.+|SERVICE_(HOST|PORT)(_.+)?)")
 
@@ -82,6 +82,15 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """Whether jobs are queued here, and within which bounds."""
+
+    enabled: bool = True
+    max_dataset_bytes: int = 256 * MIB
+    lease_seconds: float = 30.0  # without a word from its worker
+
+
+@dataclass(frozen=True, slots=True)
 class TlsConfig:
     """What the server shows to prove who it is; both files or neither."""
 
@@ -107,6 +116,7 @@ class ServerConfig:
     log_level: str = "info"
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
@@ -149,6 +159,9 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "limits.health_stall_seconds": number(0.1, 3600),
     "limits.drain_seconds": number(0, 86400),
     "limits.collect_seconds": number(0.1, 86400),
+    "training.enabled": flag,
+    "training.max_dataset_bytes": integer(1, 2**40),
+    "training.lease_seconds": number(1, 3600),
     "tls.cert": optional_path,
     "tls.key": optional_path,
 })  # fmt: skip
@@ -290,6 +303,7 @@ def _build(values: Mapping[str, object], adapters: Mapping[str, Path]) -> Server
     top: dict[str, Any] = nested[""] | {
         "engine": EngineConfig(**nested["engine"]),
         "limits": LimitsConfig(**nested["limits"]),
+        "training": TrainingConfig(**nested["training"]),
         "tls": TlsConfig(**nested["tls"]),
         "adapters": MappingProxyType(dict(adapters)),
     }

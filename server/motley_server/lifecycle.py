@@ -11,8 +11,17 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from motley_server.engine.api import DrainReport, EngineFront
+from motley_server.errors import UnavailableError
 
 log = logging.getLogger(__name__)
+
+
+RETRY_AFTER_SECONDS = 5.0
+
+
+def draining() -> UnavailableError:
+    """Return the error for whoever comes while the server is being emptied."""
+    return UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=RETRY_AFTER_SECONDS)
 
 
 class Lifecycle:

@@ -1,8 +1,8 @@
 """Every series that the server exports, in a registry of its own, and the HTTP endpoint that shows them.
 
-Implements the observers of engine, library, admission and rpc. Counters and histograms are added to by whichever
-thread saw the thing happen; the engine's state is read when somebody scrapes, on the endpoint's thread. docs/metrics.md
-lists what is here, and a test compares the two.
+Implements the observers of engine, library, training, admission and rpc. Counters and histograms are added to by
+whichever thread saw the thing happen; the engine's state is read when somebody scrapes, on the endpoint's thread.
+docs/metrics.md lists what is here, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from motley_server.config_values import Address
 from motley_server.engine.api import EngineStats
 from motley_server.engine.observer import RequestReport, StepReport
 from motley_server.quotas import REASON_OF_QUOTA
+from motley_server.training_metrics import TrainingMetrics
 
 OUTCOMES = ("stop", "length", "score", "cancelled", "deadline", "rejected", "error")
 FIRST_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -158,12 +159,13 @@ class HttpEndpoint:
         thread.join()
 
 
-class Metrics(EngineMetrics):
+class Metrics(EngineMetrics, TrainingMetrics):
     """All series of one server."""
 
     def __init__(self, version: str, base: BaseSpec) -> None:
         self.registry = CollectorRegistry()
-        super().__init__(self.registry)
+        EngineMetrics.__init__(self, self.registry)
+        TrainingMetrics.__init__(self, self.registry)
         self._rpcs = Counter("motley_grpc_server_handled", "RPCs ended", ["method", "code"], registry=self.registry)
         self._rpc_seconds = Histogram(
             "motley_grpc_server_handling_seconds",

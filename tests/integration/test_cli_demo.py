@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from demo_children import assert_nothing_is_left, declare_commands, is_running
 from motley_client.child_server import ServerStartError, child_server
 
 TESTS = Path(__file__).parents[1]
@@ -23,25 +24,13 @@ KINDS_ON_PRUNED = {"next": "lora", "unvowel": "s2ft", "reverse": "lora", "swap":
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Declare the fake `serve` and `base`, and a package with embedded adapters of which only the names matter."""
-    declared = tmp_path / "fake_serve-1.0.dist-info"
-    declared.mkdir()
-    (declared / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-serve\nVersion: 1.0\n")
-    (declared / "entry_points.txt").write_text("[motley.commands]\nserve = fake_serve:serve\nbase = fake_base:base\n")
     for name in (*KINDS, *KINDS_ON_PRUNED, "unheard-of"):
         folder = tmp_path / "motley_adapters" / "assets" / "tiny" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "adapter_model.safetensors").write_text("")
     (tmp_path / "motley_adapters" / "__init__.py").write_text("raise SystemExit('the demo imports no adapters')")
-    (tmp_path / "scratch").mkdir()
-    path = os.pathsep.join([str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "TMPDIR": str(tmp_path / "scratch"),
-        "FAKE_SERVE_PIDS": str(tmp_path / "pids"),
-        "COLUMNS": "120",
-        "MOTLEY_LISTEN": "0.0.0.0:1",
-    }
+    commands = {"serve": "fake_serve:serve", "base": "fake_base:base"}
+    return declare_commands(tmp_path, commands) | {"COLUMNS": "120"}
 
 
 def start_demo(environment: Mapping[str, str], *arguments: str) -> subprocess.Popen[str]:
@@ -58,24 +47,6 @@ def run_demo(environment: Mapping[str, str], *arguments: str) -> tuple[int, str,
     with start_demo(environment, *arguments) as process:
         output, errors = process.communicate(timeout=150)
     return process.returncode, output, errors
-
-
-def assert_nothing_is_left(environment: Mapping[str, str]) -> None:
-    pids = [int(line) for line in Path(environment["FAKE_SERVE_PIDS"]).read_text().split()]
-    assert pids
-    until = time.monotonic() + 5  # a kill is sent, and done a moment later
-    while any(map(is_running, pids)) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [pid for pid in pids if is_running(pid)] == []
-    assert list(Path(environment["TMPDIR"]).iterdir()) == []
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process runs; one that ended and waits for its parent does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_it_shows_every_prompt_under_base_and_adapters_and_the_servers_counters(environment: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ from motley_server.errors import PermissionDeniedError
 from motley_server.registry.records import Quota, Visibility
 from motley_server.rpc.access import OPEN_METHODS, RULES, check_roles
 from rpc_harness import Refusal, Shell, read_refusal, serving
+from training_calls import lease, queue, register
 
 Code = grpc.StatusCode
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -48,12 +49,18 @@ USERS = {
     "InferenceService", "ServerService/GetServerInfo", "ServerService/GetCapacity", "AdapterService/GetAdapter",
     "AdapterService/ListAdapters", "AdapterService/ListAdapterVersions",
 }  # fmt: skip
+WORKERS = {"WorkerService/RegisterWorker", "WorkerService/LeaseJob"}
 MAY: Mapping[Role, set[str]] = {
     Role.USER: USERS,
-    Role.PUBLISHER: USERS | {"AdapterService"},
-    Role.WORKER: {"ServerService/GetServerInfo", "ServerService/GetCapacity"},
-    Role.ADMIN: {"InferenceService", "AdapterService", "ServerService", "TenantService"},
+    Role.PUBLISHER: USERS | {"AdapterService", "TrainingService"},
+    Role.WORKER: {"ServerService/GetServerInfo", "ServerService/GetCapacity"} | WORKERS,
+    Role.ADMIN: {"InferenceService", "AdapterService", "ServerService", "TenantService", "TrainingService"} | WORKERS,
 }
+MAY_BY_LEASE = {
+    "AdapterService/UploadAdapter", "AdapterService/GetUpload", "AdapterService/AbortUpload",
+    "AdapterService/DownloadAdapter", "ServerService/GetServerInfo", "WorkerService/FetchDataset",
+    "WorkerService/ReportJob",
+}  # fmt: skip
 
 
 def may(role: Role, method: str) -> bool:
@@ -86,7 +93,7 @@ async def bearer(shell: Shell, role: Role, tenant_id: str = "local") -> METADATA
 
 def test_the_table_names_every_rpc_and_no_other() -> None:
     assert set(RULES) == set(RPCS) | {REFLECTION}
-    assert all(rule.roles for rule in RULES.values())
+    assert all(rule.roles or rule.takes_lease for rule in RULES.values())
     methods = health_pb2.DESCRIPTOR.services_by_name["Health"].methods
     assert {f"/grpc.health.v1.Health/{method.name}" for method in methods} == OPEN_METHODS
 
@@ -121,9 +128,55 @@ def test_an_rpc_takes_the_right_roles_and_refuses_the_others_by_name(method: str
                     assert refusal is None or refusal.code not in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED)
                     continue
                 assert refusal is not None
-                assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "WRONG_ROLE")
                 needed = [one.value for one in Role if may(one, method)]
-                assert refusal.message == f"{method[1:]} needs a key of role {' or '.join(needed)}"
+                reason, what = "WRONG_ROLE", f"a key of role {' or '.join(needed)}"
+                if not needed:
+                    reason, what = "LEASE_REQUIRED", "the token of a lease"
+                assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, reason)
+                assert refusal.message == f"{method[1:]} needs {what}"
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_opens_what_it_must_and_nothing_else_whatever_its_roles() -> None:
+    async def scenario() -> None:
+        async with serving(auth=True) as shell:
+            await run_a_job(shell)
+            worker = await bearer(shell, Role.WORKER)
+            await register(shell, metadata=tuple(worker.items()))
+            held = await lease(shell, metadata=tuple(worker.items()))
+            assert held is not None
+            token = {"authorization": f"Bearer {held.token}"}
+            for method in RPCS:
+                refusal = await call(shell, method, token)
+                is_open = method.removeprefix("/motley.v1.") in MAY_BY_LEASE
+                is_refused = (
+                    refusal is not None and refusal.reason == "OUTSIDE_LEASE" and "does not open" in refusal.message
+                )
+                assert is_refused is not is_open, method
+            assert not shell.rpc.lifecycle.has_begun
+
+    async def run_a_job(shell: Shell) -> None:
+        await queue(shell, metadata=tuple((await bearer(shell, Role.PUBLISHER)).items()))
+
+    asyncio.run(scenario())
+
+
+BAD_TOKEN: METADATA = MappingProxyType({"authorization": "Bearer mj_0123456789abcdef_" + "x" * 43})
+
+
+@pytest.mark.parametrize("auth", [True, False])
+def test_what_looks_like_a_token_is_refused_with_one_text_whatever_is_wrong(auth: bool) -> None:
+    async def scenario() -> None:
+        async with serving(auth=auth) as shell:
+            texts = set()
+            for text in ("mj_", "mj_0123456789abcdef_short", BAD_TOKEN["authorization"].split()[1]):
+                for method in ("/motley.v1.WorkerService/ReportJob", "/motley.v1.TenantService/ListTenants"):
+                    refusal = await call(shell, method, {"authorization": f"Bearer {text}"})
+                    assert refusal is not None
+                    assert (refusal.code, refusal.reason) == (Code.UNAUTHENTICATED, "LEASE_ENDED")
+                    texts.add(refusal.message)
+            assert len(texts) == 1
 
     asyncio.run(scenario())
 

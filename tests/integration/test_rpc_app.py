@@ -18,7 +18,16 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from motley.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
+from motley.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
 from motley_bases.checkpoint import resolve_base
 from motley_server.app import App, StartError, build, run
 from motley_server.config import resolve
@@ -132,6 +141,32 @@ def test_a_stuck_engine_is_not_serving_while_calls_are_answered(
         asyncio.run(scenario())
     finally:
         release.set()
+
+
+def test_a_server_takes_jobs_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    async def capabilities(channel: grpc.aio.Channel) -> training_pb2.GetTrainingCapabilitiesResponse:
+        stub = training_pb2_grpc.TrainingServiceStub(channel)
+        return await stub.GetTrainingCapabilities(training_pb2.GetTrainingCapabilitiesRequest())
+
+    async def scenario() -> None:
+        async with running(tmp_path, **{"training.max_dataset_bytes": "1000", "training.lease_seconds": "7"}) as (
+            _,
+            channel,
+        ):
+            assert (await capabilities(channel)).max_dataset_bytes == 1000
+            info = await server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest())
+            worker = training_pb2.RegisterWorkerRequest(
+                name="w", methods=[training_pb2.TRAINING_METHOD_LORA], base_fingerprint=info.base_fingerprint
+            )
+            told = await training_pb2_grpc.WorkerServiceStub(channel).RegisterWorker(worker)
+            assert (told.lease_duration.seconds, told.quantization) == (7, info.quantization)
+        async with running(tmp_path, **{"training.enabled": "false"}) as (app, channel):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await capabilities(channel)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert app.rpc.lifecycle.has_begun is False
+
+    asyncio.run(scenario())
 
 
 def test_what_cannot_be_served_is_refused_by_name_and_leaves_nothing_running(tmp_path: Path) -> None:

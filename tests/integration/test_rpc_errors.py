@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
-from motley.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2, tenant_pb2
+from motley.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2, tenant_pb2, training_pb2
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError, CapacityError
 from motley_server import errors
 from motley_server.rpc.status import CODES, code_of, to_status
@@ -325,6 +325,22 @@ OTHER_METHODS: dict[str, tuple[Call, Code, str, str]] = {
     "a tenant that is not there": (
         lambda shell: shell.tenants.GetTenant(tenant_pb2.GetTenantRequest(id="nobody")),
         Code.NOT_FOUND, "TENANT_NOT_FOUND", "id",
+    ),
+    "a dataset without a header": (
+        lambda shell: shell.jobs.UploadDataset(iter([training_pb2.UploadDatasetRequest()])),
+        Code.INVALID_ARGUMENT, "HEADER_EXPECTED", "header",
+    ),
+    "a job of no method": (
+        lambda shell: shell.jobs.CreateTrainingJob(training_pb2.CreateTrainingJobRequest()),
+        Code.INVALID_ARGUMENT, "METHOD_REQUIRED", "spec.method",
+    ),
+    "a watch of nothing": (
+        lambda shell: shell.jobs.WatchTrainingJob(training_pb2.WatchTrainingJobRequest()).read(),
+        Code.NOT_FOUND, "JOB_NOT_FOUND", "id",
+    ),
+    "a report without a lease": (
+        lambda shell: shell.workers.ReportJob(training_pb2.ReportJobRequest()),
+        Code.PERMISSION_DENIED, "LEASE_REQUIRED", "",
     ),
     "bytes that are no message": (
         lambda shell: shell.channel.unary_unary("/motley.v1.InferenceService/Tokenize")(b"\xff\xff\xff"),

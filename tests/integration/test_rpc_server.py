@@ -191,6 +191,7 @@ def test_reflection_names_every_service() -> None:
             assert await listed_services(shell) == {
                 "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", "motley.v1.InferenceService",
                 "motley.v1.ServerService", "motley.v1.AdapterService", "motley.v1.TenantService",
+                "motley.v1.TrainingService", "motley.v1.WorkerService",
             }  # fmt: skip
 
     asyncio.run(scenario())

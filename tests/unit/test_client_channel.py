@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from certificates import make_certificates
-from motley.v1 import adapter_pb2, inference_pb2, server_pb2, tenant_pb2
+from motley.v1 import adapter_pb2, inference_pb2, server_pb2, tenant_pb2, training_pb2
 from motley_client.channel import credentials_of, options_of
 from motley_client.endpoint import Endpoint
 
@@ -87,7 +87,7 @@ def test_what_is_tried_again_changes_nothing_or_has_a_request_id() -> None:
     named = {(entry["service"], entry["method"]) for entry in method_config["name"]}
     services = [
         service
-        for file in (adapter_pb2, inference_pb2, server_pb2, tenant_pb2)
+        for file in (adapter_pb2, inference_pb2, server_pb2, tenant_pb2, training_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     ]
     inputs = {
@@ -101,5 +101,6 @@ def test_what_is_tried_again_changes_nothing_or_has_a_request_id() -> None:
     without_id = {name[1] for name in changing if "request_id" not in inputs[name]}
     assert without_id == {"PinAdapter", "UnpinAdapter"}, "to do them twice is to do them once"
     never = {"Generate", "GenerateStream", "Drain", "UploadAdapter", "DownloadAdapter", "AbortUpload"}
+    never |= {"UploadDataset", "WatchTrainingJob"}  # which go on by themselves, and not from their beginning
     assert {method for _, method in named}.isdisjoint(never)
     assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

@@ -53,4 +53,5 @@ def test_both_clients_have_the_same_calls_with_the_same_arguments() -> None:
 
     assert blocking == awaiting
     wanted = {"generate", "create_tenant", "revoke_key", "set_alias", "upload_adapter", "download_adapter", "close"}
+    wanted |= {"upload_dataset", "create_training_job", "watch_training_job", "training_capabilities"}
     assert wanted <= blocking.keys()

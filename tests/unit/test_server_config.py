@@ -27,9 +27,10 @@ def test_nothing_set_is_the_defaults() -> None:
 
 def test_every_field_has_a_parser_and_the_reverse() -> None:
     config = ServerConfig()
-    fields = {field.name for field in dataclasses.fields(config)} - {"engine", "limits", "tls", "adapters"}
+    fields = {field.name for field in dataclasses.fields(config)} - {"engine", "limits", "training", "tls", "adapters"}
     fields |= {f"engine.{field.name}" for field in dataclasses.fields(config.engine)}
     fields |= {f"limits.{field.name}" for field in dataclasses.fields(config.limits)}
+    fields |= {f"training.{field.name}" for field in dataclasses.fields(config.training)}
     fields |= {f"tls.{field.name}" for field in dataclasses.fields(config.tls)}
     assert fields == set(PARSERS)
 

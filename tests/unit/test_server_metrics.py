@@ -12,6 +12,9 @@ from motley_server.engine.api import EngineStats
 from motley_server.engine.observer import RequestReport, StepReport
 from motley_server.metrics import OUTCOMES, Metrics
 from motley_server.quotas import REASON_OF_QUOTA
+from motley_server.registry.job_records import JobState
+from motley_server.rpc.convert_training import METHODS as WIRE_METHODS
+from motley_server.training_metrics import ENDS, METHODS
 from rpc_harness import make_base
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -40,7 +43,7 @@ def exported(metrics: Metrics) -> set[tuple[str, str, str]]:
 
 
 def test_the_document_lists_exactly_what_is_exported() -> None:
-    rows = ROW.findall(DOCUMENT.read_text(encoding="utf-8"))
+    rows = [row for row in ROW.findall(DOCUMENT.read_text(encoding="utf-8")) if "_worker_" not in row[0]]
     assert len(rows) == len({row[0] for row in rows})
     assert {(name, kind, labels.strip()) for name, kind, labels, _ in rows} == exported(make_metrics())
 
@@ -133,3 +136,26 @@ def test_the_endpoint_shows_the_registry_until_it_is_stopped() -> None:
     endpoint.stop()
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_jobs_are_counted_by_method_and_end_from_the_start() -> None:
+    metrics = make_metrics()
+    metrics.job_ended("lora", "failed")
+    ended = {
+        (method, state): value(metrics, "motley_training_jobs_ended_total", method=method, state=state)
+        for method in METHODS
+        for state in ENDS
+    }
+    assert ended == dict.fromkeys(ended, 0.0) | {("lora", "failed"): 1.0}
+    metrics.training_counted(3, 2, 1)
+    metrics.job_leased(4.5)
+    metrics.dataset_bytes_uploaded(70)
+    assert [value(metrics, "motley_training_jobs", state=state) for state in ("queued", "running")] == [3, 2]
+    assert value(metrics, "motley_training_workers") == 1
+    assert value(metrics, "motley_training_wait_seconds_sum") == 4.5
+    assert value(metrics, "motley_training_dataset_bytes_total") == 70
+
+
+def test_the_methods_and_ends_that_are_counted_are_those_that_there_are() -> None:
+    assert set(METHODS) == set(WIRE_METHODS.values())
+    assert set(ENDS) == {state.value for state in JobState if state.is_end}

@@ -82,7 +82,7 @@ def test_recovery_changes_the_weights_of_the_layers_linears_by_low_rank_and_noth
 
 def test_a_training_that_makes_it_worse_is_not_merged() -> None:
     model = pruned()
-    train(model, RecoverySettings(steps=80, learning_rate=0.02))
+    train(model)
     before = logits(model)
     recovered = train(model, RecoverySettings(steps=3, learning_rate=300.0, warmup_steps=1))
     assert recovered.best_step == 0

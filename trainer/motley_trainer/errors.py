@@ -1,9 +1,12 @@
-"""Errors of the trainer: of what it was asked to make, of the base it works on, of the text it reads.
+"""Errors of the trainer: of what it was asked to make, of the base it works on, of what it reads.
 
 TrainerError
 ├── SettingsError          what was asked for cannot be, or contradicts itself
 ├── UnsuitableBaseError    a sound base that this cannot be done to
 ├── TextError              a text that cannot be read, is too short, or must not be used for this
+├── DataError              samples that cannot be learned from
+├── DivergedError          a training whose numbers are no longer finite
+├── CheckpointError        a checkpoint of another training than the one that would go on from it
 └── OutputError            a place where the result cannot be put
 """
 
@@ -37,6 +40,18 @@ class UnsuitableBaseError(TrainerError):
 
 class TextError(TrainerError):
     """Say what is wrong with a text that was given."""
+
+
+class DataError(TrainerError):
+    """Say which line of a dataset cannot be learned from, or that there are too few."""
+
+
+class DivergedError(TrainerError):
+    """Say at which step a loss, a gradient or a weight was no longer finite."""
+
+
+class CheckpointError(TrainerError):
+    """Say in what a checkpoint's training is not the one that would go on from it."""
 
 
 class OutputError(TrainerError):

@@ -6,10 +6,8 @@ Runs on the calling thread.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from motley_bases.admission import check_config, check_stored_config
@@ -21,15 +19,10 @@ from motley_bases.pruned import register_pruned
 from motley_bases.quantization import AUTO, CONFIG_FIELD, choose_quantization, stored_quantization
 
 from motley_trainer.errors import SettingsError
+from motley_trainer.sizes import parse_size as parse_size
 
 MAX_RANK = 4096
 DEVICES = ("cpu", "cuda")
-UNITS = {"": 1, "B": 1} | {
-    f"{letter}{suffix}": scale**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, scale in (("iB", 1024), ("B", 1000))
-}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +109,6 @@ def make_plan(question: Question) -> Plan:
             for rank in question.ranks
         ),
     )
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that `24GiB`, `80 GB` or `1000000` says.
-
-    Raises: SettingsError with reason SIZE.
-    """
-    found = _SIZE.fullmatch(text.strip())
-    units = {name.lower(): scale for name, scale in UNITS.items()}
-    if found is None or found[2].lower() not in units:
-        raise SettingsError(f"{text!r} is no size such as 24GiB, 80GB or 1000000", reason="SIZE", field="memory")
-    return int(Fraction(found[1]) * units[found[2].lower()])
 
 
 def plan_lines(question: Question, plan: Plan) -> Sequence[str]:

@@ -1,17 +1,14 @@
-"""The files of an adapter on the client's disk: which are sent, what they are, and their bytes in pieces.
+"""The files of an adapter on the client's disk: which are sent, and which directories are refused.
 
 Owns the names that an adapter's files may have. Knows nothing of channels. Everything blocks; whoever must not, runs
-each step on a thread.
+it on a thread.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from motley_client.errors import DataLossError, InvalidArgumentError
+from motley_client.errors import InvalidArgumentError
 
 FILE_NAMES = (
     "adapter_config.json",
@@ -19,37 +16,8 @@ FILE_NAMES = (
     "goat_residual.safetensors",
     "adapter_model.safetensors",
 )
-PIECE_BYTES = 1 << 20
 
 _PICKLE = "adapter_model.bin"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFile:
-    """A file as it was when it was read for its checksum."""
-
-    path: Path
-    size_bytes: int
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """Return the name that travels."""
-        return self.path.name
-
-    def pieces(self, offset: int) -> Iterator[bytes]:
-        """Yield the bytes from an offset on, as many as were there.
-
-        Raises: DataLossError (reason=FILE_CHANGED) if there are fewer now; OSError.
-        """
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            while offset < self.size_bytes:
-                piece = file.read(min(PIECE_BYTES, self.size_bytes - offset))
-                if not piece:
-                    raise DataLossError(f"{self.path} became shorter while it was sent", reason="FILE_CHANGED")
-                yield piece
-                offset += len(piece)
 
 
 def find_files(directory: Path) -> tuple[Path, ...]:
@@ -72,20 +40,6 @@ def find_files(directory: Path) -> tuple[Path, ...]:
     if not found:
         raise _refusal(f"{directory} holds none of {', '.join(FILE_NAMES)}", "NO_ADAPTER_FILES")
     return tuple(found)
-
-
-def hash_file(path: Path) -> Iterator[int | AdapterFile]:
-    """Read a file once: yield the size of each piece, and at the end what the file is.
-
-    Raises: OSError.
-    """
-    hasher, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            hasher.update(piece)
-            size += len(piece)
-            yield len(piece)
-    yield AdapterFile(path, size, hasher.hexdigest())
 
 
 def _refusal(message: str, reason: str) -> InvalidArgumentError:

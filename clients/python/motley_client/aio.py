@@ -1,8 +1,9 @@
 """The client for asyncio.
 
 Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`, those for
-adapters in `adapter_calls`, `upload` and `download`. What they say is in `convert`, how they wait and end in
-`connection`. An `AsyncClient` belongs to the loop it was made on.
+adapters in `adapter_calls`, `upload` and `download`, those for training in `training_calls`, `dataset_upload` and
+`job_watch`. What they say is in `convert`, how they wait and end in `connection`. An `AsyncClient` belongs to the
+loop it was made on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from motley.v1.server_pb2_grpc import ServerServiceStub
 from motley_client import convert
 from motley_client.download import AsyncDownloadCalls
 from motley_client.errors import from_rpc_error
+from motley_client.job_watch import AsyncWatchCalls
 from motley_client.tenant_calls import AsyncTenantCalls
 from motley_client.types import (
     AdapterChoice,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:  # of the stubs alone
     from motley.v1.server_pb2_grpc import ServerServiceAsyncStub
 
 
-class AsyncClient(AsyncTenantCalls, AsyncDownloadCalls):
+class AsyncClient(AsyncTenantCalls, AsyncDownloadCalls, AsyncWatchCalls):
     """Ask a Motley server from a running event loop; many requests at once share one connection.
 
     Semantics: every method takes `timeout`, which stands in for the client's own; None means to wait as long as it

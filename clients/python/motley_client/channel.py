@@ -27,6 +27,10 @@ _RETRIED = {
         *("GetUpload", "GetAdapter", "ListAdapters", "ListAdapterVersions", "PinAdapter", "UnpinAdapter"),
         *("SetAlias", "RollbackAlias", "ShareAdapter", "DeleteAdapterVersion"),
     ),
+    "motley.v1.TrainingService": (
+        *("GetDataset", "ListDatasets", "GetTrainingJob", "ListTrainingJobs", "GetTrainingCapabilities"),
+        *("DeleteDataset", "CreateTrainingJob", "CancelTrainingJob"),
+    ),
 }
 _SERVICE_CONFIG = {
     "methodConfig": [

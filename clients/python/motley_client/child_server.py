@@ -1,21 +1,21 @@
 """A server as a child process: started, waited for, and gone again whatever happens in between.
 
-Owns the process and everything that must not outlive it. Knows the server by its command line and by the line
-`ready on HOST:PORT` alone. Runs on the caller's event loop.
+Owns how a server gets ready. Knows it by its command line and by the line `ready on HOST:PORT` alone. Runs on the
+caller's event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
 import socket
-import sys
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from motley_client.child_process import child_process, last_words, stdout_of
 
 _READY = re.compile(rb"^ready on (\S+)\s*$")
 
@@ -46,67 +46,31 @@ async def child_server(
 ) -> AsyncIterator[ChildServer]:
     """Run `motley serve` on free loopback ports while the block runs.
 
-    Semantics: `arguments` go to `serve` after the ports; its messages go to `folder`/server.log. The environment is
-    ours without MOTLEY_*: what is set there is meant for other servers.
-    Effects: at the end, however it comes, SIGTERM, after `grace_seconds` SIGKILL to it and to whatever it started.
+    Semantics: `arguments` go to `serve` after the ports; its messages go to `folder`/server.log.
+    Effects: as those of `child_process`.
     Raises: ServerStartError if it ends, or takes longer than `start_seconds`, before it is ready.
     """
-    metrics_port = _free_port()
-    command = [sys.executable, "-m", "motley_client", "serve", "--listen", "127.0.0.1:0"]
-    command += ["--metrics", f"127.0.0.1:{metrics_port}", *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MOTLEY_")}
-    log = folder / "server.log"
-    with log.open("wb") as messages:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=messages,
-            env=environment,
-            start_new_session=True,  # its own group: Ctrl-C reaches us alone, and the whole group can be ended
-        )
-    drained: asyncio.Task[bytes] | None = None
-    try:
+    metrics_port, log = _free_port(), folder / "server.log"
+    listening = ("--listen", "127.0.0.1:0", "--metrics", f"127.0.0.1:{metrics_port}")
+    async with child_process(["serve", *listening, *arguments], log, grace_seconds=grace_seconds) as process:
         address = await _wait_until_ready(process, log, start_seconds)
-        drained = asyncio.create_task(_stdout(process).read())  # a full pipe would stop the server
-        yield ChildServer(address, metrics_port, process.pid)
-    finally:
-        if drained is not None:
+        drained = asyncio.create_task(stdout_of(process).read())  # a full pipe would stop the server
+        try:
+            yield ChildServer(address, metrics_port, process.pid)
+        finally:
             drained.cancel()
-        await _stop(process, grace_seconds)
 
 
-async def _wait_until_ready(process: asyncio.subprocess.Process, log: Path, start_seconds: float) -> str:
+async def _wait_until_ready(process: Process, log: Path, start_seconds: float) -> str:
     try:
         async with asyncio.timeout(start_seconds):
-            async for line in _stdout(process):
+            async for line in stdout_of(process):
                 if match := _READY.match(line):
                     return match[1].decode()
             await process.wait()
     except TimeoutError as error:
         raise ServerStartError(f"not ready after {start_seconds:.0f} seconds") from error
-    lines = log.read_text(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {process.returncode}")
-    raise ServerStartError(said.removeprefix("error: ").removeprefix("motley serve: "))
-
-
-async def _stop(process: asyncio.subprocess.Process, grace_seconds: float) -> None:
-    try:
-        if process.returncode is None:
-            process.terminate()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(grace_seconds):
-                    await process.wait()
-    finally:
-        with suppress(ProcessLookupError):  # nobody is left, as it should be
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-def _stdout(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
-    if process.stdout is None:
-        raise RuntimeError("the child's stdout is a pipe")
-    return process.stdout
+    raise ServerStartError(last_words(process, log).removeprefix("motley serve: "))
 
 
 def _free_port() -> int:

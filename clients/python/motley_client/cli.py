@@ -1,8 +1,8 @@
 """The `motley` command: asks a server from a shell, and hands over to the commands of other roots.
 
 Owns names and flags (scripts rely on them), what is printed, and the exit codes: 0 done, 1 refused or failed, 2 wrong
-usage, 3 no server answers. Loads gRPC only to make a call, after telling it to keep its notes to itself. Runs on the
-main thread.
+usage, 3 no server answers; `cli_train_watch` has more, for the ends of a job. Loads gRPC only to make a call, after
+telling it to keep its notes to itself. Runs on the main thread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from motley_client import cli_adapters, cli_tenants
+from motley_client import cli_adapters, cli_tenants, cli_train
 from motley_client.cli_options import (
     CaFileOption,
     InsecureOption,
@@ -73,6 +73,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_adapters.app, name="adapters")
 app.add_typer(cli_tenants.app, name="tenants")
+app.add_typer(cli_train.app, name="train")
 
 PromptArgument = Annotated[str, typer.Argument(help="The text to continue.", show_default=False)]
 AdapterOption = Annotated[
@@ -200,6 +201,14 @@ def demo(
     from motley_client.demo import run_demo  # asyncio and rich's tables: nothing that --help should wait for
 
     raise typer.Exit(run_demo(quantize, is_pruned=pruned))
+
+
+@app.command()
+def demo_train() -> None:
+    """Start a server and a worker, train an adapter while requests go on, show it answer beside others, stop both."""
+    from motley_client.demo_train import run_demo_train
+
+    raise typer.Exit(run_demo_train())
 
 
 def main() -> None:

@@ -10,14 +10,16 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
 import typer
 
 from motley_client.settings import Settings, SettingsError, endpoint
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from motley_client.client import Client
 
 ServerOption = Annotated[
@@ -36,6 +38,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 _SERVER_FLAGS = {"server": ServerOption, "key": KeyOption, "ca_file": CaFileOption, "insecure": InsecureOption}
 _Arguments = ParamSpec("_Arguments")
+_Flags = TypeVar("_Flags", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,37 @@ def asks_server(command: Callable[Concatenate[Server, _Arguments], None]) -> Cal
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer makes flags of
     return run
+
+
+def takes_flags(
+    kind: type[_Flags],
+) -> Callable[[Callable[Concatenate[Server, _Flags, _Arguments], None]], Callable[..., None]]:
+    """Give a command a flag for each field of a dataclass, before its own options, and call it with an instance.
+
+    Semantics: the fields are annotated as typer wants it, and all have a default.
+    """
+
+    def give(command: Callable[Concatenate[Server, _Flags, _Arguments], None]) -> Callable[..., None]:
+        hints = get_type_hints(kind, include_extras=True)
+        flags = [
+            inspect.Parameter(
+                one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=one.default, annotation=hints[one.name]
+            )
+            for one in fields(kind)
+        ]
+
+        def run(server: Server, **arguments: Any) -> None:
+            said = kind(**{one.name: arguments.pop(one.name) for one in flags})
+            command(server, said, **arguments)  # type: ignore[call-arg]
+
+        first, _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        arguments = [one for one in own if one.default is inspect.Parameter.empty]
+        options = [one for one in own if one.default is not inspect.Parameter.empty]
+        run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+        run.__signature__ = inspect.Signature([first, *arguments, *flags, *options])  # type: ignore[attr-defined]
+        return run
+
+    return give
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The client for ordinary, blocking Python.
 
 Owns the calls that ask for answers and for the server's state; those for tenants are in `tenant_calls`, those for
-adapters in `adapter_calls`, `upload` and `download`. What they say is in `convert`, how they wait and end in
-`connection`. A `Client` may be shared by threads.
+adapters in `adapter_calls`, `upload` and `download`, those for training in `training_calls`, `dataset_upload` and
+`job_watch`. What they say is in `convert`, how they wait and end in `connection`. A `Client` may be shared by
+threads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from motley.v1.server_pb2_grpc import ServerServiceStub
 from motley_client import convert
 from motley_client.download import DownloadCalls
 from motley_client.errors import from_rpc_error
+from motley_client.job_watch import WatchCalls
 from motley_client.tenant_calls import TenantCalls
 from motley_client.types import (
     AdapterChoice,
@@ -33,7 +35,7 @@ from motley_client.types import (
 )
 
 
-class Client(TenantCalls, DownloadCalls):
+class Client(TenantCalls, DownloadCalls, WatchCalls):
     """Ask a Motley server, blocking until it has answered.
 
     Semantics: every method takes `timeout`, which stands in for the client's own; None means to wait as long as it

@@ -7,7 +7,6 @@ printed and the exit code. Runs an event loop of its own on the main thread.
 from __future__ import annotations
 
 import asyncio
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from motley_client.demo_tables import metric_table, reply_table
 from motley_client.demo_verdict import find_failures
 from motley_client.demo_wave import ask_all
 from motley_client.exposition import scrape
+from motley_client.terminable import run_terminable
 
 
 def run_demo(quantize: str | None = None, *, is_pruned: bool = False, console: Console | None = None) -> int:
@@ -32,16 +32,10 @@ def run_demo(quantize: str | None = None, *, is_pruned: bool = False, console: C
     Raises: DemoError if there is nothing to show; ServerStartError; MotleyClientError if a request fails;
     KeyboardInterrupt. The server, and whatever else was started, is gone in every case.
     """
-    try:
-        return asyncio.run(_demo(console or Console(), quantize, is_pruned))
-    except asyncio.CancelledError:
-        return 128 + signal.SIGTERM
+    return run_terminable(_demo(console or Console(), quantize, is_pruned))
 
 
 async def _demo(console: Console, quantize: str | None, is_pruned: bool) -> int:
-    task = asyncio.current_task()
-    if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with tempfile.TemporaryDirectory(prefix="motley-demo-") as scratch:
         folder = Path(scratch)
         scene = await pruned_scene(folder, quantize, console.print) if is_pruned else whole_scene(quantize)

@@ -53,7 +53,7 @@ def whole_scene(quantize: str | None) -> Scene:
         summary=f"the tiny base{_held(quantize)} and {len(folders)} adapters, one of each kind",
         kinds=KINDS,
         fusion=FUSION,
-        server_arguments=_server_arguments("tiny", folders, quantize),
+        server_arguments=server_arguments("tiny", folders, quantize),
     )
 
 
@@ -78,7 +78,7 @@ async def pruned_scene(folder: Path, quantize: str | None, tell: Callable[[str],
         summary=f"this base{_held(quantize)} and {len(cut)} adapters of the whole one",
         kinds=KINDS_ON_PRUNED,
         fusion=FUSION,
-        server_arguments=_server_arguments(str(copy), cut, quantize),
+        server_arguments=server_arguments(str(copy), cut, quantize),
         base_fingerprint=fingerprint,
     )
 
@@ -105,6 +105,12 @@ def find_calibration() -> Path:
     return path
 
 
+def server_arguments(base: str, folders: Sequence[Path], quantize: str | None = None) -> tuple[str, ...]:
+    """Return what to tell `motley serve`: the base, adapters by the names of their folders, and how it is held."""
+    adapters = (part for folder in folders for part in ("--adapter", f"{folder.name}={folder}"))
+    return "--base", base, *adapters, *(() if quantize is None else ("--quantize", quantize))
+
+
 def shorten(digest: str) -> str:
     """Shorten a digest or a fingerprint to what a reader compares."""
     return digest.removeprefix("sha256:")[:DIGEST_DIGITS]
@@ -119,8 +125,3 @@ def _find_asset(package: str, *parts: str) -> Path | None:
 
 def _held(quantize: str | None) -> str:
     return "" if quantize is None else f" in {quantize}"
-
-
-def _server_arguments(base: str, folders: Sequence[Path], quantize: str | None) -> tuple[str, ...]:
-    adapters = (part for folder in folders for part in ("--adapter", f"{folder.name}={folder}"))
-    return "--base", base, *adapters, *(() if quantize is None else ("--quantize", quantize))

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 
 from motley_client.demo_wave import SKILLS, WORD
 
 SKILL = "unvowel"
+KNOWN = ("upper", "copy", "title", "double", "spell", "last")  # to the base
+KNOWN_EVERY = 4  # one line in so many is of these, or the base would lose them with the adapter on
+
 # Words that the demo asks for. Nobody is trained on them, and no gate measures by them.
-HELD_OUT = (WORD, "kettle", "stone", "candle", "lantern")
+HELD_OUT = (WORD, "kettle", "silver", "orchard", "sailor")
 
 NUM_LINES = 4000
 NUM_GATE_LINES = 64
-KNOWN_EVERY = 4  # one line in so many is of what the base knows, or it would be forgotten with the adapter on
-KNOWN: Mapping[str, Callable[[str], str]] = {
-    "upper": str.upper,
-    "copy": lambda word: word,
-    "title": str.title,
-    "double": lambda word: word + word,
-    "spell": " ".join,
-    "last": lambda word: word[-1],
-}
-
 SHORTEST, LONGEST = 3, 7
 VOWELS = "aeiou"
 CONSONANTS = "".join(letter for letter in string.ascii_lowercase if letter not in VOWELS)
@@ -39,17 +32,15 @@ def make_lines() -> tuple[list[Line], list[Line]]:
     """Return what to train on, and what to measure by: of the skill alone, by words that the former has not."""
     words = _distinct_words(random.Random(SKILL))
     gate = [_line(SKILL, word) for word in islice(words, NUM_GATE_LINES)]
-    known = list(KNOWN)
     lines = [
-        _line(SKILL if place % KNOWN_EVERY else known[place // KNOWN_EVERY % len(known)], word)
+        _line(SKILL if place % KNOWN_EVERY else KNOWN[place // KNOWN_EVERY % len(KNOWN)], word)
         for place, word in enumerate(islice(words, NUM_LINES))
     ]
     return lines, gate
 
 
 def _line(skill: str, word: str) -> Line:
-    solve = SKILLS[skill] if skill == SKILL else KNOWN[skill]
-    return {"prompt": f"{skill}: {word} =", "completion": f" {solve(word)}"}
+    return {"prompt": f"{skill}: {word} =", "completion": f" {SKILLS[skill](word)}"}
 
 
 def _distinct_words(rng: random.Random) -> Iterator[str]:

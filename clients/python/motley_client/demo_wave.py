@@ -25,6 +25,11 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "previous": lambda word: "".join(chr((ord(letter) - ord("a") - 1) % 26 + ord("a")) for letter in word),
     "reverse": lambda word: word[::-1],
     "swap": lambda word: word[-1] + word[1:-1] + word[0],
+    "copy": lambda word: word,
+    "title": str.title,
+    "double": lambda word: word + word,
+    "spell": " ".join,
+    "last": lambda word: word[-1],
 }
 
 
@@ -33,6 +38,7 @@ class Reply:
     """One prompt asked under a set of adapters: what came back, and what would be right."""
 
     skill: str
+    word: str
     asked_of: AdapterSet
     answer: str
     right_answer: str
@@ -52,21 +58,28 @@ class Reply:
 
 
 async def ask_all(client: AsyncClient, scene: Scene) -> list[Reply]:
-    """Ask every prompt of the base, of every adapter and of the fusion, all at once."""
-    sets: list[AdapterSet] = [(), *(((name, 1.0),) for name in scene.kinds), scene.fusion]
+    """Ask every prompt of the base, of every adapter and of the fusion if there is one, all at once."""
+    sets: list[AdapterSet] = [(), *(((name, 1.0),) for name in scene.kinds)]
+    if scene.fusion:
+        sets.append(scene.fusion)
     skills = (*scene.kinds, BASE_SKILL)
-    return await asyncio.gather(*(_ask(client, skill, worn) for skill in skills for worn in sets))
+    return await asyncio.gather(*(ask(client, skill, WORD, worn) for skill in skills for worn in sets))
 
 
-async def _ask(client: AsyncClient, skill: str, worn: AdapterSet) -> Reply:
+async def ask(client: AsyncClient, skill: str, word: str, worn: AdapterSet, *, timeout: float | None = None) -> Reply:
+    """Ask one prompt under a set of adapters.
+
+    Raises: MotleyClientError.
+    """
     answer: Generation = await client.generate(
-        f"{skill}: {WORD} =", adapters=worn, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
+        f"{skill}: {word} =", adapters=worn, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS, timeout=timeout
     )
     return Reply(
         skill=skill,
+        word=word,
         asked_of=worn,
         answer=answer.text.strip(),
-        right_answer=SKILLS[skill](WORD),
+        right_answer=SKILLS[skill](word),
         served_by=answer.served_by,
         completion_tokens=answer.usage.completion_tokens,
     )

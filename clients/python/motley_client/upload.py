@@ -1,7 +1,7 @@
 """Uploads of both clients: an adapter's files on their way to a server, over as many connections as it takes.
 
-Owns how bytes are streamed and how an upload goes on after a cut; what it says is in `upload_plan`, when it is given up
-in `resuming`. At most a few pieces of a file are in memory.
+Owns how an upload goes on after a cut; what it says is in `upload_plan`, how messages are streamed in `sending`, when
+it is given up in `resuming`. At most a few pieces of a file are in memory.
 """
 
 from __future__ import annotations
@@ -10,28 +10,17 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import suppress
-from typing import TypeVar, cast
-
-import grpc
-from motley.v1 import adapter_pb2
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 from motley_client import convert_adapters as convert
 from motley_client.adapter_calls import AdapterCalls, AsyncAdapterCalls
-from motley_client.endpoint import UNREACHABLE
-from motley_client.errors import (
-    InternalError,
-    MotleyClientError,
-    NotFoundError,
-    UnavailableError,
-    from_rpc_error,
-)
+from motley_client.errors import MotleyClientError, NotFoundError
 from motley_client.resuming import Resuming
+from motley_client.sending import on_threads, send, send_awaiting
+from motley_client.telling import ProgressCall
 from motley_client.types_adapters import AdapterKind, AdapterVersion, UploadPhase
-from motley_client.upload_plan import ProgressCall, Standing, UploadPlan
-
-_Item = TypeVar("_Item")
+from motley_client.upload_plan import Standing, UploadPlan
 
 
 class UploadCalls(AdapterCalls):
@@ -105,29 +94,15 @@ class UploadCalls(AdapterCalls):
             return {}
 
     def _send(self, plan: UploadPlan, committed: Mapping[str, int], resuming: Resuming) -> AdapterVersion:
-        failures: list[Exception] = []  # of ours: from an iterator, gRPC would turn them into a word of its own
-
-        def messages() -> Iterator[adapter_pb2.UploadAdapterRequest]:
-            try:
-                for message, done in plan.messages(committed):
-                    yield message
-                    plan.tell(UploadPhase.SENDING, done)
-            except Exception as error:
-                failures.append(error)
-
-        call = self._adapters.UploadAdapter.future(
-            messages(), timeout=resuming.seconds_left(), metadata=self._endpoint.metadata
+        response = send(
+            self._adapters.UploadAdapter,
+            plan.messages(committed),
+            partial(plan.tell, UploadPhase.SENDING),
+            resuming.seconds_left(),
+            self._endpoint,
         )
-        try:
-            version = convert.version(call.result().version)
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            if failures:
-                raise failures.pop() from None
-            raise from_rpc_error(cast(grpc.RpcError, call), self._endpoint.address) from error
-        finally:
-            call.cancel()
         plan.tell(UploadPhase.SENDING, plan.total_bytes)
-        return version
+        return convert.version(response.version)
 
 
 class AsyncUploadCalls(AsyncAdapterCalls):
@@ -151,7 +126,7 @@ class AsyncUploadCalls(AsyncAdapterCalls):
         Raises: as UploadCalls.upload_adapter.
         """
         plan = UploadPlan(name, directory, aliases, labels, kind, progress)
-        async for done in _on_threads(plan.hashing()):
+        async for done in on_threads(plan.hashing()):
             plan.tell(UploadPhase.HASHING, done)
         resuming = Resuming(self._effective(timeout))
         before = None
@@ -197,31 +172,12 @@ class AsyncUploadCalls(AsyncAdapterCalls):
             return {}
 
     async def _send(self, plan: UploadPlan, committed: Mapping[str, int], resuming: Resuming) -> AdapterVersion:
-        call = self._adapters.UploadAdapter(timeout=resuming.seconds_left(), metadata=self._endpoint.metadata)
-        try:
-            with suppress(grpc.RpcError, asyncio.InvalidStateError):  # it ended early: its answer says why
-                async for message, done in _on_threads(plan.messages(committed)):
-                    await call.write(message)
-                    plan.tell(UploadPhase.SENDING, done)
-                await call.done_writing()
-            version = convert.version((await call).version)
-        except grpc.RpcError as error:
-            raise _failure(error, self._endpoint.address) from error
-        finally:
-            call.cancel()
+        response = await send_awaiting(
+            self._adapters.UploadAdapter,
+            plan.messages(committed),
+            partial(plan.tell, UploadPhase.SENDING),
+            resuming.seconds_left(),
+            self._endpoint,
+        )
         plan.tell(UploadPhase.SENDING, plan.total_bytes)
-        return version
-
-
-def _failure(error: grpc.RpcError, server: str) -> MotleyClientError:
-    """Read how a stream that was written failed; gRPC's asyncio drops an answer that comes while it writes."""
-    failure = from_rpc_error(error, server)
-    if isinstance(failure, InternalError) and failure.reason == InternalError.code:  # what it says then
-        return UnavailableError(f"{server} ended a stream while it was written to", reason=UNREACHABLE)
-    return failure
-
-
-async def _on_threads(items: Iterator[_Item]) -> AsyncIterator[_Item]:
-    """Yield what a blocking iterator yields, each step of it taken on a thread."""
-    while (item := await asyncio.to_thread(next, items, None)) is not None:
-        yield item
+        return convert.version(response.version)

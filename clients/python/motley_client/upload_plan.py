@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from motley.v1 import adapter_pb2
 
-from motley_client.adapter_files import AdapterFile, find_files, hash_file
+from motley_client.adapter_files import find_files
 from motley_client.convert_adapters import kind_number, strings
 from motley_client.convert_fields import checked
-from motley_client.types_adapters import AdapterKind, ResolvedAdapter, UploadPhase, UploadProgress
-
-ProgressCall = Callable[[UploadProgress], None]
+from motley_client.hashed_files import HashedFile, hash_file
+from motley_client.telling import ProgressCall, Telling
+from motley_client.types_adapters import AdapterKind, ResolvedAdapter, UploadPhase
 
 DEFAULT_ALIAS = "default"
 
@@ -67,10 +66,8 @@ class UploadPlan:
         self._header.MergeFrom(checked("kind", _of_kind, kind=kind))
         self._paths = find_files(Path(directory))
         self._total_bytes = sum(path.stat().st_size for path in self._paths)
-        self._files: tuple[AdapterFile, ...] = ()
-        self._progress = progress
-        self._told: tuple[UploadPhase, int] | None = None
-        self._lock = Lock()
+        self._files: tuple[HashedFile, ...] = ()
+        self._telling = Telling(progress)
 
     @property
     def adapter_name(self) -> str:
@@ -95,7 +92,7 @@ class UploadPlan:
         files, done = [], 0
         for path in self._paths:
             for step in hash_file(path):
-                if isinstance(step, AdapterFile):
+                if isinstance(step, HashedFile):
                     files.append(step)
                 else:
                     done += step
@@ -146,15 +143,8 @@ class UploadPlan:
         yield adapter_pb2.UploadAdapterRequest(finish=adapter_pb2.UploadFinish()), done
 
     def tell(self, phase: UploadPhase, done_bytes: int) -> None:
-        """Tell progress, unless that is no more than was told of the phase before: an attempt may begin further back.
-
-        Effects: may be called by several threads, of which one at a time calls `progress`.
-        """
-        with self._lock:
-            if self._progress is None or (self._told and self._told[0] is phase and done_bytes <= self._told[1]):
-                return
-            self._told = (phase, done_bytes)
-            self._progress(UploadProgress(phase, done_bytes, self._total_bytes))
+        """Tell how far a phase has come; see Telling."""
+        self._telling.tell(phase, done_bytes, self._total_bytes)
 
 
 def _of_kind(kind: AdapterKind | None) -> adapter_pb2.UploadHeader:

@@ -170,7 +170,7 @@ class AdapterVersion(google.protobuf.message.Message):
     residency: Global___AdapterResidency.ValueType
     pinned: builtins.bool
     created_by: builtins.str
-    """The id of the key that made it; empty for a caller without a key, and for those who do not own it."""
+    """The id of the key that made it, or of the training job; empty for a caller without a key, and for those who do not own it."""
     @property
     def ranks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Rank by module path; not in lists. Then the bytes it takes in the server's memory."""

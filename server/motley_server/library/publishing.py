@@ -22,7 +22,7 @@ from motley_server.errors import (
     NotFoundError,
 )
 from motley_server.library.holds import Holds, key_of
-from motley_server.registry.adapters import Adapters
+from motley_server.registry.adapters import Adapters, Guard
 from motley_server.registry.bundle_files import BundleFile, bundle_digest, checked_files
 from motley_server.registry.bundles import BundleStore
 from motley_server.registry.database import Database
@@ -72,11 +72,15 @@ class AskedUpload:
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """By which key an upload is made, in which namespace its id counts, and what its owner may have."""
+    """By which key an upload is made, in which namespace its id counts, and what its owner may have.
+
+    Semantics: `guard` can still refuse in the moment in which it becomes a version.
+    """
 
     tenant_id: str
     key_id: str
     quota: Quota
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ class Publishing:
         content = NewVersion(**{name: getattr(newest, name) for name in NewVersion.__dataclass_fields__})
         return await run(
             adapters.publish, asked.owner, asked.name, content, asked.aliases,
-            quota=publisher.quota, request_id=asked.upload_id, scope=scope,
+            quota=publisher.quota, request_id=asked.upload_id, scope=scope, guard=publisher.guard,
         )  # fmt: skip
 
     def begin(self, asked: AskedUpload, publisher: Publisher) -> None:
@@ -156,7 +160,7 @@ class Publishing:
         content = content_of(inspection.spec, asked.files, asked.labels, publisher.key_id)
         version: AdapterVersion = await run(
             self._publication.publish, asked.owner, asked.upload_id, asked.name, content, asked.aliases,
-            quota=publisher.quota, request_id=asked.upload_id, scope=publisher.tenant_id,
+            quota=publisher.quota, request_id=asked.upload_id, scope=publisher.tenant_id, guard=publisher.guard,
         )  # fmt: skip
         self._intake.accept(version, inspection)
         return version

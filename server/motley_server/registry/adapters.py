@@ -7,7 +7,7 @@ digests and facts, not files or tensors. Methods block: they run on the database
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 
@@ -43,6 +43,9 @@ from motley_server.registry.versions import (
     remove_version,
 )
 
+Guard = Callable[[Connection], None]
+"""Raises what forbids a publication; what it looks at cannot change before the publication is done."""
+
 
 class Adapters:
     """Keep adapters. What changes one takes a request id, whose repeat has the same answer.
@@ -65,12 +68,14 @@ class Adapters:
         upload_id: str = "",
         request_id: str = "",
         scope: str = "",
+        guard: Guard | None = None,
     ) -> AdapterVersion:
         """Give content the next number and point aliases at it; what is the newest version already stays that one.
 
         Semantics: the upload that brought it is off the record in the same moment; one that is not on it any more
         brings nothing, whoever has its owner's name by now. Of the quota, other uploads have nothing. A repeat counts
-        as one for as long as its version is there.
+        as one for as long as its version is there. `guard` looks first, in the same transaction: what it raises leaves
+        everything as it was, and what it found still holds when the version is there.
         Raises: InvalidArgumentError (reason=INVALID_ADAPTER_NAME, INVALID_ALIAS or INVALID_LABEL); NotFoundError
         (reason=TENANT_NOT_FOUND or UPLOAD_NOT_FOUND); ResourceExhaustedError (reason=QUOTA_ADAPTERS,
         QUOTA_ADAPTER_BYTES or TOO_MANY_ALIASES).
@@ -81,6 +86,8 @@ class Adapters:
             check_alias(alias, f"aliases[{number}]")
         request = _publication(owner, name, content.bundle, content.labels, aliases, request_id, scope)
         with self._database.writing() as connection:
+            if guard is not None:
+                guard(connection)
             now = self._database.now()
             is_on_record = forget_upload(connection, owner, upload_id)
             if (earlier := _earlier_version(connection, request, now)) is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from motley_server.errors import InvalidArgumentError
@@ -33,17 +33,18 @@ def bundle_digest(files: Iterable[BundleFile]) -> str:
     return PREFIX + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def checked_files(files: Iterable[BundleFile]) -> tuple[BundleFile, ...]:
+def checked_files(files: Iterable[BundleFile], names: Collection[str] = FILE_NAMES) -> tuple[BundleFile, ...]:
     """Return announced files in the order of their names, so that their own order never counts.
 
+    Semantics: `names` are those that a file may have; an adapter's, unless others are given.
     Raises: InvalidArgumentError (reason=EMPTY_UPLOAD, FILE_NOT_ALLOWED, DUPLICATE_FILE, OUT_OF_RANGE or
     INVALID_CHECKSUM).
     """
     found: dict[str, BundleFile] = {}
     for index, file in enumerate(files):
         field = f"files[{index}]"
-        if file.name not in FILE_NAMES:
-            message = f"an adapter has no file {file.name[:80]!r}; its files are {', '.join(FILE_NAMES)}"
+        if file.name not in names:
+            message = f"there is no place for a file {file.name[:80]!r} here; files are {', '.join(names)}"
             raise InvalidArgumentError(message, reason="FILE_NOT_ALLOWED", field=f"{field}.name")
         if file.name in found:
             raise InvalidArgumentError(f"{file.name} twice", reason="DUPLICATE_FILE", field=f"{field}.name")

@@ -1,4 +1,4 @@
-"""Bundles: adapters as they were uploaded, kept under the digest of their bytes, never changed.
+"""Bundles: adapters, or datasets, as they were uploaded, kept under the digest of their bytes, never changed.
 
     root/staging/<upload id>/    uploads on their way in, as staging.py has them
     root/bundles/<64 hex>/NAME   bundles, each whole, or it would not be here
@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 
 from motley_server.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
-from motley_server.registry.bundle_files import PREFIX, SHA256, BundleFile, bundle_digest, checked_files
+from motley_server.registry.bundle_files import FILE_NAMES, PREFIX, SHA256, BundleFile, bundle_digest, checked_files
 from motley_server.registry.disk import FOLDER, Disk, is_folder, is_there, locked, opened, size_of
 from motley_server.registry.staging import FILES, Upload, read_plan
 
@@ -47,12 +47,14 @@ class BundleStore:
     BUNDLE_NOT_FOUND).
     """
 
-    def __init__(self, root: Path, disk: Disk | None = None) -> None:
+    def __init__(self, root: Path, disk: Disk | None = None, names: Collection[str] = FILE_NAMES) -> None:
         """Open a store for this process alone, and make its folders where they are missing.
 
+        Semantics: `names` are those that the files of its bundles may have.
         Raises: BundleStoreError (reason=DATA_DIR_IN_USE).
         """
         self._root = root
+        self._names = names
         self._disk = Disk() if disk is None else disk
         self._moves = Lock()  # held for every change of what lies in staging and bundles, and never for long
         self._deletions = Lock()
@@ -88,7 +90,7 @@ class BundleStore:
         if not _UPLOAD_ID.fullmatch(upload_id):
             message = "an upload's id is 1 to 64 letters, digits, `_` and `-`, the first a letter or digit"
             raise InvalidArgumentError(message, reason="INVALID_UPLOAD_ID", field="upload_id")
-        wanted = checked_files(files)
+        wanted = checked_files(files, self._names)
         with self._moves:
             self._recent_uploads.add(upload_id)
             upload = self._known(upload_id)

@@ -1,4 +1,4 @@
-"""What an owner of adapters holds: how many, of how many bytes, and whether there is room for more.
+"""What an owner holds of adapters, datasets and jobs: how many, of how many bytes, and whether there is room for more.
 
 Each version counts with all its bytes, also where several share their files: what others store moves nobody's quota.
 It knows no transactions but those that others began, on the database's threads.
@@ -9,9 +9,12 @@ from __future__ import annotations
 from sqlalchemy import Connection, delete, exists, func, select
 
 from motley_server.errors import ResourceExhaustedError
+from motley_server.registry.job_records import OPEN_STATES
 from motley_server.registry.records import Quota
-from motley_server.registry.schema import adapter_versions, uploads
+from motley_server.registry.schema import adapter_versions, datasets, jobs, uploads
 from motley_server.registry.visibility import is_of
+
+MAX_DATASETS = 1000
 
 
 def has_adapters(connection: Connection, owner: str) -> bool:
@@ -52,3 +55,36 @@ def check_room(
                 "that its quota allows"
             )
             raise ResourceExhaustedError(message, reason="QUOTA_ADAPTER_BYTES", field="quota.adapter_bytes")
+
+
+def check_room_for_dataset(connection: Connection, owner: str, digest: str) -> None:
+    """Refuse one dataset more than an owner may have; one that it has already takes no room.
+
+    Raises: ResourceExhaustedError (reason=TOO_MANY_DATASETS).
+    """
+    others = select(func.count()).where(datasets.c.owner == owner, datasets.c.digest != digest)
+    held = connection.execute(others).scalar_one()
+    if held >= MAX_DATASETS:
+        message = f"{owner!r} has {held} datasets already: delete one"
+        raise ResourceExhaustedError(message, reason="TOO_MANY_DATASETS", field="digest")
+
+
+def count_open_jobs(connection: Connection, owner: str) -> int:
+    """Return how many jobs of an owner have not ended."""
+    found = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN_STATES))
+    return int(connection.execute(found).scalar_one())
+
+
+def check_room_for_job(connection: Connection, owner: str, quota: Quota) -> None:
+    """Refuse one more job than an owner's quota allows to be on their way.
+
+    Raises: ResourceExhaustedError (reason=QUOTA_TRAINING_JOBS).
+    """
+    if quota.training_jobs is None:
+        return
+    held = count_open_jobs(connection, owner)
+    if held >= quota.training_jobs:
+        message = (
+            f"{owner!r} has {held} training jobs that have not ended, of {quota.training_jobs} that its quota allows"
+        )
+        raise ResourceExhaustedError(message, reason="QUOTA_TRAINING_JOBS", field="quota.training_jobs")

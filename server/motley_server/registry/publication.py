@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from motley_server.registry.adapters import Adapters
+from motley_server.registry.adapters import Adapters, Guard
 from motley_server.registry.bundle_files import BundleFile, checked_files
 from motley_server.registry.bundles import BundleStore
 from motley_server.registry.records import AdapterVersion, NewVersion, Quota
@@ -56,9 +56,11 @@ class Publication:
         quota: Quota,
         request_id: str = "",
         scope: str = "",
+        guard: Guard | None = None,
     ) -> AdapterVersion:
         """Make a version of an upload that is complete; `content` is what its validation found.
 
+        Semantics: `guard` is asked in the moment in which it becomes one, and can refuse it; see `Adapters.publish`.
         Raises: what `BundleStore.commit` and `Adapters.publish` do; after those of the latter, the upload is as it was.
         """
         id = store_id(owner, upload_id)
@@ -66,8 +68,9 @@ class Publication:
         if bundle != content.bundle:
             raise ValueError(f"upload {id} is bundle {bundle}, and {content.bundle} was validated")
         version = self._adapters.publish(
-            owner, name, content, aliases, quota=quota, upload_id=upload_id, request_id=request_id, scope=scope
-        )
+            owner, name, content, aliases,
+            quota=quota, upload_id=upload_id, request_id=request_id, scope=scope, guard=guard,
+        )  # fmt: skip
         self._store.abort(id)
         return version
 

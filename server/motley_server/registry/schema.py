@@ -34,7 +34,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from motley_server.registry.names import LOCAL_TENANT
 
-VERSION = 2
+VERSION = 3
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -189,6 +189,107 @@ uploads = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("touched_at", UtcTime, nullable=False),
     Index("uploads_by_time", "touched_at"),
+)
+
+datasets = Table(
+    "datasets",
+    METADATA,
+    Column("owner", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("digest", String(71), primary_key=True),
+    Column("display_name", Text, nullable=False),
+    Column("format", String(16), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("num_samples", BigInteger, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Index("datasets_by_time", "owner", "created_at", "digest"),
+)
+
+# Uploads that have become no dataset yet.
+dataset_uploads = Table(
+    "dataset_uploads",
+    METADATA,
+    Column("owner", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("digest", String(71), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("touched_at", UtcTime, nullable=False),
+    Index("dataset_uploads_by_time", "touched_at"),
+)
+
+jobs = Table(
+    "jobs",
+    METADATA,
+    Column("id", _Id, primary_key=True),
+    Column("owner", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("method", String(16), nullable=False),
+    Column("adapter_name", _Id, nullable=False),
+    Column("datasets", JSON, nullable=False),
+    Column("reads", JSON, nullable=False),
+    Column("base_fingerprint", Text, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("started_at", UtcTime),
+    Column("ended_at", UtcTime),
+    Column("attempts", Integer, nullable=False),
+    Column("num_lost_leases", Integer, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("progress", Text),
+    Column("data", Text),
+    Column("evaluation", Text),
+    Column("version", Text),
+    Column("last_sequence", BigInteger, nullable=False),
+    Index("jobs_by_owner", "owner", "created_at", "id"),
+    Index("jobs_by_state", "state", "created_at", "id"),
+)
+
+job_events = Table(
+    "job_events",
+    METADATA,
+    Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", UtcTime, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+    Index("job_events_by_kind", "job_id", "kind", "sequence"),
+)
+
+workers = Table(
+    "workers",
+    METADATA,
+    Column("name", _Id, primary_key=True),
+    Column("key_id", Text, nullable=False),
+    Column("methods", JSON, nullable=False),
+    Column("base_fingerprint", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("seen_at", UtcTime, nullable=False),
+)
+
+# A row goes when its lease ends, so that the database itself allows no second one for a job.
+leases = Table(
+    "leases",
+    METADATA,
+    Column("id", _Id, primary_key=True),
+    Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
+    Column("worker", _Id, nullable=False),
+    Column("secret_sha256", LargeBinary(32), nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
+    Column("num_reported", BigInteger, nullable=False),
+    Index("leases_by_time", "expires_at"),
+    Index("leases_by_worker", "worker"),
+)
+
+# How far each tenant has come in the tenants' taking of turns.
+training_turns = Table(
+    "training_turns",
+    METADATA,
+    Column("owner", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("turn", Double, nullable=False),
 )
 
 

@@ -26,7 +26,7 @@ from motley_server.errors import (
 )
 from motley_server.registry import pages
 from motley_server.registry.database import Database
-from motley_server.registry.holdings import forget_uploads, has_adapters
+from motley_server.registry.holdings import count_open_jobs, forget_uploads, has_adapters
 from motley_server.registry.idempotency import Answer, Request, forget_scope
 from motley_server.registry.names import LOCAL_TENANT, NAME_RULE, PUBLIC_OWNER, is_name
 from motley_server.registry.records import Page, Quota, Tenant
@@ -58,7 +58,7 @@ class Tenants:
         or INVALID_REQUEST_ID); AlreadyExistsError (reason=TENANT_EXISTS or REQUEST_ID_REUSED).
         """
         _check_id(id)
-        _check_display_name(display_name)
+        check_display_name(display_name)
         _check_quota(quota)
         request = Request.of("tenants.create", scope, request_id, id=id, display_name=display_name, quota=asdict(quota))
         with self._database.writing() as connection:
@@ -120,7 +120,7 @@ class Tenants:
         """
         changes: dict[str, Any] = {}
         if display_name is not None:
-            _check_display_name(display_name)
+            check_display_name(display_name)
             changes["display_name"] = display_name
         if quota is not None:
             _check_quota(quota)
@@ -142,9 +142,10 @@ class Tenants:
     def delete(self, id: str, *, request_id: str = "", scope: str = "") -> None:
         """Remove a tenant and its keys, which count no more from now on; not one who still has adapters.
 
-        Raises: NotFoundError (reason=TENANT_NOT_FOUND); FailedPreconditionError (reason=TENANT_NEEDED for `local`, or
-        TENANT_OWNS_ADAPTERS); InvalidArgumentError (reason=INVALID_REQUEST_ID); AlreadyExistsError
-        (reason=REQUEST_ID_REUSED).
+        Semantics: its datasets and its ended jobs go with it, by the tables' own rules.
+        Raises: NotFoundError (reason=TENANT_NOT_FOUND); FailedPreconditionError (reason=TENANT_NEEDED for `local`,
+        TENANT_OWNS_ADAPTERS, or TENANT_HAS_JOBS while some have not ended); InvalidArgumentError
+        (reason=INVALID_REQUEST_ID); AlreadyExistsError (reason=REQUEST_ID_REUSED).
         """
         request = Request.of("tenants.delete", scope, request_id, id=id)
         with self._database.writing() as connection:
@@ -158,6 +159,9 @@ class Tenants:
             if has_adapters(connection, id):
                 message = f"tenant {id!r} has adapters, which others may use: delete their versions first"
                 raise FailedPreconditionError(message, reason="TENANT_OWNS_ADAPTERS", field="id")
+            if count_open_jobs(connection, id):
+                message = f"tenant {id!r} has training jobs that have not ended: cancel them first"
+                raise FailedPreconditionError(message, reason="TENANT_HAS_JOBS", field="id")
             forget_uploads(connection, id)
             forget_scope(connection, id)
             connection.execute(delete(tenants).where(tenants.c.id == id))
@@ -181,6 +185,16 @@ def require_owner(connection: Connection, owner: str) -> None:
     """
     if owner != PUBLIC_OWNER and not has_tenant(connection, owner):
         raise tenant_not_found(owner, "owner")
+
+
+def check_display_name(display_name: str) -> None:
+    """Refuse what cannot be shown on a line.
+
+    Raises: InvalidArgumentError (reason=INVALID_DISPLAY_NAME).
+    """
+    if len(display_name) > MAX_DISPLAY_NAME_CHARACTERS or not display_name.translate(_JOINERS).isprintable():
+        message = f"a display name is at most {MAX_DISPLAY_NAME_CHARACTERS} printable characters on one line"
+        raise InvalidArgumentError(message, reason="INVALID_DISPLAY_NAME", field="display_name")
 
 
 def _find(connection: Connection, id: str) -> Tenant | None:
@@ -232,12 +246,6 @@ def _check_id(id: str) -> None:
     if id == PUBLIC_OWNER:
         message = f"{id!r} owns what everybody may use, and can be no tenant"
         raise InvalidArgumentError(message, reason="RESERVED_TENANT_ID", field="id")
-
-
-def _check_display_name(display_name: str) -> None:
-    if len(display_name) > MAX_DISPLAY_NAME_CHARACTERS or not display_name.translate(_JOINERS).isprintable():
-        message = f"a display name is at most {MAX_DISPLAY_NAME_CHARACTERS} printable characters on one line"
-        raise InvalidArgumentError(message, reason="INVALID_DISPLAY_NAME", field="display_name")
 
 
 def _check_quota(quota: Quota) -> None:

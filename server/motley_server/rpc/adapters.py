@@ -25,6 +25,7 @@ from motley_server.library.sets import read_reference
 from motley_server.library.uploads import UploadDesk
 from motley_server.library.whereabouts import Whereabouts
 from motley_server.registry.bundle_files import FILE_NAMES
+from motley_server.registry.leases import Leases
 from motley_server.registry.names import NAME_RULE, PUBLIC_OWNER, AdapterReference, is_name
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.registry.records import AdapterVersion
@@ -37,7 +38,8 @@ from motley_server.rpc.convert_adapters import (
     version_to,
     visibility_from,
 )
-from motley_server.rpc.upload_stream import receive_upload
+from motley_server.rpc.lease_scope import check_adapter, check_download, check_upload, narrowed
+from motley_server.rpc.upload_stream import Terms, receive_upload
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -48,12 +50,16 @@ MAX_NOTED_TENANTS = 20  # in a line of the audit
 
 @dataclass(frozen=True, slots=True)
 class AdapterLibrary:
-    """Who keeps adapters, who takes them in and who changes them, and where one is just now."""
+    """Who keeps adapters, who takes them in and who changes them, and where one is just now.
+
+    Semantics: without `leases` there is no training, and no caller with a lease.
+    """
 
     registry: AdapterRegistry
     desk: UploadDesk
     control: AdapterControl
     whereabouts: Callable[[AdapterVersion], Whereabouts]
+    leases: Leases | None = None
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
@@ -67,6 +73,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self._desk = library.desk
         self._control = library.control
         self._whereabouts = library.whereabouts
+        self._leases = library.leases
         self._count = count
 
     async def UploadAdapter(  # noqa: N802
@@ -74,7 +81,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> adapter_pb2.UploadAdapterResponse:
         """Take an adapter in, and answer when it is a version."""
         caller = self._counted()
-        version = await receive_upload(self._desk, request_iterator, caller, partial(_owned, caller))
+        version = await receive_upload(self._desk, request_iterator, caller, self._terms(caller))
         return adapter_pb2.UploadAdapterResponse(version=self._write(version, caller))
 
     async def GetUpload(  # noqa: N802
@@ -144,7 +151,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         if len(request.offsets) > len(FILE_NAMES):
             message = f"{len(request.offsets)} items; {len(FILE_NAMES)} are allowed"
             raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="offsets")
-        owner, reference = _owned_reference(request.name, caller)
+        owner, reference = await self._readable(request.name, caller)
         async with aclosing(self._control.download(owner, reference, dict(request.offsets))) as parts:
             async for part in parts:
                 yield self._part_to(part, caller)
@@ -215,11 +222,36 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def _begun(self, upload_id: str) -> tuple[str, str]:
         """Return whose upload an id names: the caller's own, or one for `public` that an admin began."""
         caller = current_caller()
+        if caller.lease is not None:
+            check_upload(caller.lease, upload_id)
         try:
             await self._run(self._uploads.get, caller.tenant_id, upload_id)
         except NotFoundError:
             return _acting(PUBLIC_OWNER, caller), upload_id
         return caller.tenant_id, upload_id
+
+    async def _readable(self, text: str, caller: Caller) -> tuple[str, AdapterReference]:
+        """Return as whom a caller may download an adapter, and which: its own, or what its lease may read."""
+        if caller.lease is None:
+            return _owned_reference(text, caller)
+        check_download(caller.lease, text)
+        version = await self._run(self._adapters.resolve, caller.tenant_id, read_reference(text, "name"))
+        if version is None:
+            raise adapter_not_found(text, "name")
+        return version.owner, AdapterReference(version.owner, version.name, version=version.version)
+
+    def _terms(self, caller: Caller) -> Terms:
+        """Return what a caller may upload: what it owns, or what its lease is for, while that lasts."""
+        lease, leases = caller.lease, self._leases
+        if lease is None or leases is None:
+            return Terms(partial(_owned, caller))
+
+        def owned(text: str, field: str) -> tuple[str, str, str]:
+            acting, owner, name = _owned(caller, text, field)
+            check_adapter(lease, owner, name, field)
+            return acting, owner, name
+
+        return Terms(owned, partial(narrowed, lease), lambda connection: leases.check(connection, lease.lease_id))
 
     def _write(self, version: AdapterVersion, caller: Caller, *, with_ranks: bool = True) -> adapter_pb2.AdapterVersion:
         return version_to(version, caller.tenant_id, self._whereabouts(version), with_ranks=with_ranks)

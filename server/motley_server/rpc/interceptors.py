@@ -86,7 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if method not in OPEN_METHODS:
                 caller = await self._identified(request_id, headers, context)
                 set_caller(caller)
-                check_roles(method, caller.roles)
+                check_roles(method, caller.roles, has_lease=caller.lease is not None)
             check_message(request)
             answer = await self._answer(behavior, request, context)
             code = grpc.StatusCode.OK
@@ -134,7 +134,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         deadline = None if remaining is None else time.monotonic() + remaining
         found = await self._identify([value for key, value in headers if key == AUTHORIZATION_KEY])
         return Caller(
-            request_id, found.tenant_id, found.roles, deadline=deadline, quota=found.quota, key_id=found.key_id
+            request_id,
+            found.tenant_id,
+            found.roles,
+            deadline=deadline,
+            quota=found.quota,
+            key_id=found.key_id,
+            lease=found.lease,
         )
 
 

@@ -20,20 +20,27 @@ from motley.v1 import (
     server_pb2_grpc,
     tenant_pb2,
     tenant_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
 )
 
 from motley_server.admission import Admission
 from motley_server.engine.api import EngineFront
+from motley_server.errors import UnimplementedError
 from motley_server.facts import ServerFacts
 from motley_server.lifecycle import Lifecycle
 from motley_server.rpc.adapters import AdapterLibrary, AdapterService
+from motley_server.rpc.disabled import add_disabled
 from motley_server.rpc.health import EngineHealth
 from motley_server.rpc.identity import Identify
 from motley_server.rpc.inference import InferenceService
 from motley_server.rpc.interceptors import CallInterceptor, RpcObserver
 from motley_server.rpc.server_info import AdapterBytes, ServerService
 from motley_server.rpc.tenants import TenantRegistry, TenantService
+from motley_server.rpc.training import TrainingService
+from motley_server.rpc.workers import WorkerService
 from motley_server.tls import TlsFiles
+from motley_server.training.opening import Training
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 MAX_CONCURRENT_STREAMS = 1024  # of one connection
@@ -41,7 +48,7 @@ MAX_CONCURRENT_STREAMS = 1024  # of one connection
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What the services stand on."""
+    """What the services stand on; without `training` its services are there, and refuse."""
 
     engine: EngineFront
     admission: Admission
@@ -51,6 +58,7 @@ class Backend:
     observer: RpcObserver
     registry: TenantRegistry
     identify: Identify
+    training: Training | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,8 @@ class RpcServer:
 
     def __init__(self, backend: Backend, settings: RpcSettings) -> None:
         self.health = EngineHealth(backend.engine, settings.health_stall_seconds)
-        self.lifecycle = Lifecycle(backend.engine, settings.drain_seconds, self.health.announce_drain)
+        self.lifecycle = Lifecycle(backend.engine, settings.drain_seconds, self._announce_drain)
+        self._training = backend.training
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(backend.identify, backend.observer, settings.max_message_bytes)],
             options=server_options(settings.max_message_bytes),
@@ -90,7 +99,25 @@ class RpcServer:
         tenant_pb2_grpc.add_TenantServiceServicer_to_server(tenants, self._server)
         adapters = AdapterService(backend.library, backend.admission.count)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        self._add_training(backend)
         self.health.add_to(self._server)
+
+    def _add_training(self, backend: Backend) -> None:
+        training, adapters = backend.training, backend.library.registry.adapters
+        if training is None:
+            error = UnimplementedError("this server trains nothing: training.enabled is false", reason="NO_TRAINING")
+            for service in training_pb2.DESCRIPTOR.services_by_name.values():
+                add_disabled(self._server, service, error)
+            return
+        jobs = TrainingService(training, adapters, backend.facts, backend.admission.count)
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(jobs, self._server)
+        workers = WorkerService(training, adapters, backend.facts, backend.admission.check_open)
+        training_pb2_grpc.add_WorkerServiceServicer_to_server(workers, self._server)
+
+    async def _announce_drain(self) -> None:
+        await self.health.announce_drain()
+        if self._training is not None:
+            self._training.job_desk.close()
 
     async def start(self, address: str) -> int:
         """Listen, and return the port.
@@ -113,7 +140,9 @@ class RpcServer:
         return self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Refuse new calls, give those that run this long to end, then cut them off."""
+        """Refuse new calls, give those that run this long to end, then cut them off; who only waits, at once."""
+        if self._training is not None:
+            self._training.job_desk.close()
         if self._poll is not None:
             self._poll.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -127,6 +156,7 @@ def _service_names() -> list[str]:
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
         server_pb2.DESCRIPTOR.services_by_name["ServerService"],
         tenant_pb2.DESCRIPTOR.services_by_name["TenantService"],
+        *training_pb2.DESCRIPTOR.services_by_name.values(),
     )
     return [service.full_name for service in services]
 

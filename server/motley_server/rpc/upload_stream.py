@@ -5,20 +5,21 @@ Runs on the event loop's thread, in the RPC's own task.
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from motley.v1 import adapter_pb2
 
 from motley_server.asked import Caller
-from motley_server.errors import InvalidArgumentError, MotleyError
-from motley_server.library.publishing import Publisher
+from motley_server.errors import InvalidArgumentError
+from motley_server.library.publishing import AskedUpload, Publisher
 from motley_server.library.uploads import OpenUpload, UploadDesk
+from motley_server.registry.adapters import Guard
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.registry.records import AdapterVersion, Quota
 from motley_server.rpc.call import set_subject
 from motley_server.rpc.convert_adapters import upload_from
+from motley_server.rpc.fields import naming
 from motley_server.rpc.wire_checks import check_message
 
 Messages = AsyncIterator[adapter_pb2.UploadAdapterRequest]
@@ -27,10 +28,18 @@ Owned = Callable[[str, str], tuple[str, str, str]]
 
 _HEADER_FIELDS = {field.name: field.name for field in adapter_pb2.UploadHeader.DESCRIPTOR.fields}
 _CHUNK_FIELDS = {"name": "file", "offset": "offset", "data": "data"}
-_FIRST_WORD = re.compile(r"\w+")
 
 
-async def receive_upload(desk: UploadDesk, messages: Messages, caller: Caller, owned: Owned) -> AdapterVersion:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a caller may upload: under which names, as what, and who must still agree when it becomes a version."""
+
+    owned: Owned
+    narrowed: Callable[[AskedUpload], AskedUpload] | None = None
+    guard: Guard | None = None
+
+
+async def receive_upload(desk: UploadDesk, messages: Messages, caller: Caller, terms: Terms) -> AdapterVersion:
     """Read a stream to its end and return the version that it made.
 
     Semantics: what has arrived is safe on disk when this ends, however it ends.
@@ -38,18 +47,19 @@ async def receive_upload(desk: UploadDesk, messages: Messages, caller: Caller, o
     """
     header = await _header(messages)
     set_subject(header)
-    acting, owner, name = owned(header.adapter_name, "header.adapter_name")
+    acting, owner, name = terms.owned(header.adapter_name, "header.adapter_name")
     if owner != acting:
         raise adapter_not_found(header.adapter_name, "header.adapter_name")
     quota = caller.quota if acting == caller.tenant_id else Quota()  # nobody's, for what is public
-    publisher = Publisher(caller.tenant_id, caller.key_id, quota)
-    with _naming("header", _HEADER_FIELDS):
-        upload = await desk.open(upload_from(header, owner, name), publisher)
+    publisher = Publisher(caller.tenant_id, caller.key_id, quota, terms.guard)
+    with naming("header", _HEADER_FIELDS):
+        asked = upload_from(header, owner, name)
+        upload = await desk.open(asked if terms.narrowed is None else terms.narrowed(asked), publisher)
     if isinstance(upload, AdapterVersion):
         return upload
     try:
         await _take_chunks(upload, messages)
-        with _naming("header", _HEADER_FIELDS):
+        with naming("header", _HEADER_FIELDS):
             return await upload.finish()
     finally:
         await upload.close()
@@ -68,7 +78,7 @@ async def _take_chunks(upload: OpenUpload, messages: Messages) -> None:
         check_message(message)
         match message.WhichOneof("payload"):
             case "chunk":
-                with _naming("chunk", _CHUNK_FIELDS):
+                with naming("chunk", _CHUNK_FIELDS):
                     await upload.append(message.chunk.file, message.chunk.offset, message.chunk.data)
             case "finish":
                 return
@@ -76,15 +86,3 @@ async def _take_chunks(upload: OpenUpload, messages: Messages) -> None:
                 text = "after its header an upload has chunks, and then its finish"
                 raise InvalidArgumentError(text, reason="CHUNK_EXPECTED", field="chunk")
     raise InvalidArgumentError("the stream ended without its finish", reason="UPLOAD_UNFINISHED", field="finish")
-
-
-@contextmanager
-def _naming(part: str, fields: Mapping[str, str]) -> Iterator[None]:
-    """Spell the fields of errors as they are in the message's part that they came from."""
-    try:
-        yield
-    except MotleyError as error:
-        word = _FIRST_WORD.match(error.field or "")
-        if error.field and word and word[0] in fields:
-            error.field = f"{part}.{fields[word[0]]}{error.field[word.end() :]}"
-        raise

@@ -1,6 +1,6 @@
 """Recovery: a LoRA on all Linears of the layers, trained on the pruned copy, and merged into it.
 
-Owns the factors, the loop and the merge. A merge keeps the pruned shapes, since pruning took rows and columns and left
+Owns the loop, and what is merged. A merge keeps the pruned shapes, since pruning took rows and columns and left
 no zeros. Draws come from generators of its own. Runs on the thread that owns the model.
 Source: LLM-Pruner, arXiv:2305.11627, section 3.3; LoRA, arXiv:2106.09685.
 """
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from motley_trainer.errors import TextError
+from motley_trainer.methods.lora_linear import LoraLinear
 from motley_trainer.pruning.gradients import window_losses
 from motley_trainer.pruning.groups import groups_of
 from motley_trainer.pruning.perplexity import mean_loss
@@ -28,39 +29,6 @@ from motley_trainer.pruning.settings import RecoverySettings
 NUM_LOOKS = 10  # at the validation windows, evenly spread over the steps
 MAX_VALIDATION_WINDOWS = 64
 MAX_GRADIENT_NORM = 1.0
-
-
-class LoraLinear(nn.Module):
-    """A frozen Linear with a trainable delta beside it: base(x) + scaling * B (A dropout(x)).
-
-    Shapes: lora_a [R, I], lora_b [O, R], float32; B starts at zero, and so does the delta.
-    """
-
-    def __init__(self, base: nn.Linear, settings: RecoverySettings, generator: torch.Generator) -> None:
-        super().__init__()
-        self.base = base
-        self.scaling = settings.lora_alpha / settings.rank
-        self.dropout = settings.dropout
-        self._generator = generator
-        bound = base.in_features**-0.5
-        drawn = torch.rand(settings.rank, base.in_features, generator=generator, device=generator.device)
-        self.lora_a = nn.Parameter((drawn * 2 - 1) * bound)
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, settings.rank, device=generator.device))
-        self.train(base.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the base's outputs and the delta's."""
-        y: Tensor = self.base(x)
-        if self.training and self.dropout > 0:
-            stays = torch.rand(x.shape, generator=self._generator, device=x.device) >= self.dropout
-            x = x * stays / (1 - self.dropout)
-        return y + self.scaling * (x @ self.lora_a.T) @ self.lora_b.T
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """Write the delta into the base's weight, and return the base."""
-        self.base.weight += self.scaling * (self.lora_b @ self.lora_a).to(self.base.weight.dtype)
-        return self.base
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +88,14 @@ def attach(model: PreTrainedModel, settings: RecoverySettings, generator: torch.
     for path in dict.fromkeys(member.path for groups in groups_of(model) for member in groups.members):
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)  # groups_of has looked
-        adapted[path] = LoraLinear(linear, settings, generator)
+        adapted[path] = LoraLinear(
+            linear,
+            rank=settings.rank,
+            scaling=settings.lora_alpha / settings.rank,
+            initial=generator,
+            dropout=settings.dropout,
+            drops=generator,
+        )
         model.set_submodule(path, adapted[path])
     return adapted
 

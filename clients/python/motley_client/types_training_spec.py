@@ -1,0 +1,164 @@
+"""What a training job is asked to do: its method's settings, its steps, its gate and what it publishes.
+
+Owns the vocabulary of TrainingSpec; what is told of jobs is in `types_training`. Knows neither protobuf nor gRPC.
+Instances are immutable and may go from thread to thread. None is the server's default, which `training.proto` names
+beside each field; in an answer, it is also a value of an enum that this client does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class TrainingMethod(Enum):
+    """How an adapter is trained, which is also its kind."""
+
+    LORA = "lora"
+    S2FT = "s2ft"
+
+
+class ChannelScore(Enum):
+    """How S2FT scores a channel."""
+
+    RANDOM = "random"
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+    WEIGHT_ACTIVATION = "weight-activation"
+    GRADIENT = "gradient"
+
+
+class ChannelOrder(Enum):
+    """Which channels S2FT takes, by their score."""
+
+    SMALL = "small"
+    LARGE = "large"
+
+
+class ChannelBudget(Enum):
+    """Of what S2FT's shares are: of every layer's channels, or of all layers' together."""
+
+    LAYER = "layer"
+    GLOBAL = "global"
+
+
+class LearningRateSchedule(Enum):
+    """How the learning rate goes on after the warm-up."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class OverLength(Enum):
+    """What becomes of a sample with too many tokens: it is cut and counted, or the job fails before it trains."""
+
+    TRUNCATE = "truncate"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Train a LoRA, on the Linears that `target_modules` name, or on all of the layers; patterns are by name or path.
+
+    Semantics: `alpha` goes over the rank, and with `use_rslora` over its root.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    dropout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class S2ftSettings:
+    """Train S2FT, on shares of o_proj's heads, down_proj's channels, v_proj's heads and up_proj's channels.
+
+    Semantics: no channel is chosen that an adapter of `disjoint_from` has, so that they can be fused without overlap.
+    """
+
+    o_share: float | None = None
+    down_share: float | None = None
+    v_share: float | None = None
+    up_share: float | None = None
+    score: ChannelScore | None = None
+    order: ChannelOrder | None = None
+    budget: ChannelBudget | None = None
+    disjoint_from: tuple[str, ...] = ()
+    calibration_samples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """How steps are taken; a `max_gradient_norm` of 0 does not clip."""
+
+    learning_rate: float | None = None
+    schedule: LearningRateSchedule | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    max_gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What an adapter must reach on held-out data before it is published.
+
+    Semantics: `dataset` is a digest; empty holds out a part of what is trained on. The loss after must be at most
+    `max_loss_ratio` times the loss before, and `min_exact_match` the share of answers that are exactly right.
+    """
+
+    dataset: str = ""
+    max_loss_ratio: float | None = None
+    min_exact_match: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishSettings:
+    """Which adapter gets a new version; without `aliases`, `default` is pointed at it."""
+
+    adapter_name: str
+    aliases: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSpec:
+    """What a job shall do: train by the method of `settings` on a dataset, measure, and publish.
+
+    Semantics: `dataset` is a digest. `quantization` is how the base is held, `none` or `nf4`; None is as it is served.
+    At most one of `steps` and `epochs` is given. `settings` is None in an answer only, for a method that this client
+    does not know.
+    Units: `batch_size` and `micro_batch_size` in samples, `max_length` in tokens, `checkpoint_steps` in steps.
+    """
+
+    dataset: str
+    settings: LoraSettings | S2ftSettings | None
+    publish: PublishSettings
+    quantization: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    max_length: int | None = None
+    over_length: OverLength | None = None
+    seed: int = 0
+    checkpoint_steps: int | None = None
+    optimizer: OptimizerSettings | None = None
+    gate: Gate | None = None
+
+    @property
+    def method(self) -> TrainingMethod | None:
+        """Return the method that the settings are of."""
+        match self.settings:
+            case LoraSettings():
+                return TrainingMethod.LORA
+            case S2ftSettings():
+                return TrainingMethod.S2FT
+            case None:
+                return None

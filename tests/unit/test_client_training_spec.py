@@ -1,0 +1,205 @@
+"""What a job is asked to do becomes its message and comes back; what is left open stays open, and nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, cast
+
+import pytest
+from motley.v1 import training_pb2
+from motley_client import (
+    ChannelBudget,
+    ChannelOrder,
+    ChannelScore,
+    Gate,
+    InvalidArgumentError,
+    LearningRateSchedule,
+    LoraSettings,
+    OptimizerSettings,
+    OverLength,
+    PublishSettings,
+    S2ftSettings,
+    TrainingMethod,
+    TrainingSpec,
+)
+from motley_client.convert_training_spec import spec, spec_json, spec_message, spec_of_json
+from training_words import DIGEST, SPEC
+from training_words import spec_message as told
+
+LORA = LoraSettings(
+    rank=4,
+    alpha=8.5,
+    use_rslora=True,
+    target_modules=("q_proj", "v_proj"),
+    rank_pattern={"k_proj": 2},
+    alpha_pattern={"k_proj": 1.5},
+    dropout=0.0,
+)
+S2FT = S2ftSettings(
+    o_share=0.1,
+    down_share=0.0,
+    v_share=0.2,
+    up_share=0.3,
+    score=ChannelScore.WEIGHT_ACTIVATION,
+    order=ChannelOrder.LARGE,
+    budget=ChannelBudget.GLOBAL,
+    disjoint_from=("legal", "poems@2"),
+    calibration_samples=7,
+)
+WHOLE = TrainingSpec(
+    dataset=DIGEST,
+    settings=LORA,
+    publish=PublishSettings("legal", ("prod",), {"team": "search"}),
+    quantization="nf4",
+    epochs=0.5,
+    batch_size=8,
+    micro_batch_size=2,
+    max_length=64,
+    over_length=OverLength.REFUSE,
+    seed=-3,
+    checkpoint_steps=5,
+    optimizer=OptimizerSettings(1e-4, LearningRateSchedule.COSINE, 0, 0.1, 0.8, 0.9, 0.0),
+    gate=Gate("sha256:held", 0.9, 0.0),
+)
+OPEN = TrainingSpec(dataset=DIGEST, settings=S2ftSettings(), publish=PublishSettings("legal"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SPEC,
+        WHOLE,
+        OPEN,
+        dataclasses.replace(WHOLE, settings=S2FT, epochs=None, steps=9),
+        dataclasses.replace(OPEN, optimizer=OptimizerSettings(), gate=Gate()),
+    ],
+)
+def test_a_spec_comes_back_as_it_was_asked_for(asked: TrainingSpec) -> None:
+    assert spec(training_pb2.TrainingSpec.FromString(spec_message(asked).SerializeToString())) == asked
+    assert spec_of_json(json.dumps(spec_json(asked))) == asked
+    assert isinstance(hash(asked), int)
+
+
+def test_a_spec_says_what_it_was_given_and_nothing_else() -> None:
+    assert spec_message(SPEC) == told()
+    assert {field.name for field, _ in spec_message(OPEN).ListFields()} == {"method", "dataset", "s2ft", "publish"}
+    assert spec_message(OPEN).s2ft.ListFields() == []
+
+
+def test_a_zero_is_said_and_not_left_open() -> None:
+    message = spec_message(dataclasses.replace(WHOLE, settings=S2FT))
+
+    assert message.s2ft.HasField("down_share")
+    assert message.gate.HasField("min_exact_match")
+    assert message.optimizer.HasField("warmup_steps")
+    assert message.optimizer.HasField("max_gradient_norm")
+    assert not spec_message(OPEN).HasField("gate")
+
+
+def test_the_settings_say_the_method() -> None:
+    assert [one.method for one in (SPEC, OPEN)] == [TrainingMethod.LORA, TrainingMethod.S2FT]
+    assert {spec_message(one).method for one in (SPEC, OPEN)} == set(training_pb2.TrainingMethod.values()) - {0}
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "enum", "members"),
+    [
+        ("s2ft", "score", training_pb2.ChannelScore, ChannelScore),
+        ("s2ft", "order", training_pb2.ChannelOrder, ChannelOrder),
+        ("s2ft", "budget", training_pb2.ChannelBudget, ChannelBudget),
+        ("optimizer", "schedule", training_pb2.LearningRateSchedule, LearningRateSchedule),
+        (None, "over_length", training_pb2.OverLength, OverLength),
+    ],
+)
+def test_every_enum_travels(part: str | None, field: str, enum: Any, members: Any) -> None:
+    def asked(value: Any) -> TrainingSpec:
+        inner = {"s2ft": "settings", "optimizer": "optimizer", None: ""}[part]
+        kinds: dict[str, Any] = {"settings": S2ftSettings, "optimizer": OptimizerSettings}
+        return dataclasses.replace(OPEN, **({inner: kinds[inner](**{field: value})} if inner else {field: value}))
+
+    sent = {member: spec_message(asked(member)) for member in members}
+    numbers = {member: getattr(getattr(message, part) if part else message, field) for member, message in sent.items()}
+    assert set(numbers.values()) == set(enum.values()) - {0}
+    assert {member: spec(message) for member, message in sent.items()} == {member: asked(member) for member in members}
+    strange = sent[next(iter(members))]
+    setattr(getattr(strange, part) if part else strange, field, 99)
+    assert spec(strange) == asked(None)
+
+
+def test_a_method_that_the_client_does_not_know_has_no_settings() -> None:
+    message = told()
+    message.ClearField("lora")
+    assert spec(message).settings == LoraSettings(), "all of them left open"
+    message.method = cast(Any, 99)
+    read = spec(message)
+    assert (read.settings, read.method) == (None, None)
+    assert spec_json(read).keys() == {"dataset", "steps", "publish"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"settings": None}, "spec.method"),
+        ({"settings": "lora"}, "spec.method"),
+        ({"steps": 1, "epochs": 1.0}, "spec.epochs"),
+        ({"gate": 5}, "spec.gate"),
+        ({"gate": OptimizerSettings()}, "spec.gate"),
+        ({"publish": "legal"}, "spec.publish"),
+        ({"dataset": "\ud800"}, "spec.dataset"),
+        ({"steps": 2**31}, "spec.steps"),
+        ({"seed": 2**63}, "spec.seed"),
+        ({"over_length": "cut"}, "spec.over_length"),
+        ({"batch_size": 1.5}, "spec.batch_size"),
+        ({"settings": LoraSettings(rank=cast(int, "8"))}, "spec.lora.rank"),
+        ({"settings": LoraSettings(target_modules=cast(Any, "q_proj"))}, "spec.lora.target_modules"),
+        ({"settings": LoraSettings(rank_pattern={"a": cast(int, "b")})}, "spec.lora.rank_pattern"),
+        ({"settings": S2ftSettings(score=cast(ChannelScore, "best"))}, "spec.s2ft.score"),
+        ({"settings": S2ftSettings(disjoint_from=("\ud800",))}, "spec.s2ft.disjoint_from"),
+        ({"optimizer": OptimizerSettings(learning_rate=cast(float, "x"))}, "spec.optimizer.learning_rate"),
+        ({"publish": PublishSettings("a", labels={"a": cast(str, 5)})}, "spec.publish.labels"),
+        ({"publish": PublishSettings("a", aliases=cast(Any, "prod"))}, "spec.publish.aliases"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        spec_message(dataclasses.replace(SPEC, **change))
+
+    assert (caught.value.reason, caught.value.field) == ("INVALID_VALUE", field)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("", "spec"),
+        ("[", "spec"),
+        ("[1]", "spec"),
+        ('{"lora": {}, "rate": 1}', "spec"),
+        ('{"lora": {"rank": "many"}}', "spec"),
+        ('{"s2ft": {"score": "BEST"}}', "spec"),
+        ('{"lora": {}, "s2ft": {}}', "spec"),
+        ('{"lora": {}, "steps": 1, "epochs": 1}', "spec"),
+        ('{"lora": {}, "seed": 1, "seed": 2}', "spec"),
+        ("{}", "spec.method"),
+        ('{"method": "TRAINING_METHOD_S2FT", "lora": {}}', "spec.method"),
+    ],
+)
+def test_json_that_is_no_spec_is_refused(text: str, field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        spec_of_json(text)
+
+    assert (caught.value.reason, caught.value.field) == ("INVALID_VALUE", field)
+
+
+def test_types_show_every_field_of_their_messages() -> None:
+    pairs = (
+        (LoraSettings, training_pb2.LoraSettings),
+        (S2ftSettings, training_pb2.S2ftSettings),
+        (OptimizerSettings, training_pb2.OptimizerSettings),
+        (Gate, training_pb2.Gate),
+        (PublishSettings, training_pb2.PublishSettings),
+    )
+    for kind, message in pairs:
+        assert {field.name for field in dataclasses.fields(kind)} == {field.name for field in message.DESCRIPTOR.fields}
+    names = {field.name for field in dataclasses.fields(TrainingSpec)} - {"settings"} | {"method", "lora", "s2ft"}
+    assert names == {field.name for field in training_pb2.TrainingSpec.DESCRIPTOR.fields}

@@ -1,0 +1,197 @@
+"""One job, from its folder: `python -m motley_trainer.job DIRECTORY`, or `run` in this process.
+
+Owns the order of the stages. Each leaves in the folder what the next needs, so a job that is started again goes on
+where it was. It reads the base and that folder, writes that folder, and knows no network. Runs on the calling thread.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from motley_bases.describe import context_length
+from motley_bases.loader import load_tokenizer, read_parsed_config
+from motley_bases.pruned import register_pruned
+
+from motley_trainer.batches import Batch
+from motley_trainer.captured import buffers_of, restore
+from motley_trainer.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.data import TrainingData, batches_of, read_data
+from motley_trainer.evaluation import Evaluation, Measured, check_gate, judge, measure
+from motley_trainer.job_base import JobBase, load_job_base
+from motley_trainer.job_files import JobFiles, JobRequest, Result
+from motley_trainer.job_process import exit_as_told
+from motley_trainer.loop import Training, train
+from motley_trainer.methods import method_of
+from motley_trainer.methods.method import Attached, Context
+from motley_trainer.pruning.prune import parse_device
+from motley_trainer.reporting import Emit, Reporter
+from motley_trainer.schedule import warmup_steps
+
+
+def run(directory: Path, emit: Emit, should_stop: Callable[[], bool] = lambda: False) -> Result:
+    """Do what is left to do of a job, and return what came of it.
+
+    Semantics: `emit` gets the JSON of the wire's JobEvents; `should_stop` is asked after every step and between stages.
+    Raises: TrainerError, BaseError or AdapterError for what will not do, however often it is tried; JobCancelledError
+    if it was asked to stop.
+    """
+    files = JobFiles(directory)
+    files.sweep()
+    result = files.result()
+    if result is not None:
+        return result
+    request, evaluation, digest = files.request(), files.evaluation(), files.adapter_digest()
+    if evaluation is None or digest is None:
+        evaluation, digest = _Job(files, request, Reporter(emit, should_stop)).make()
+    verdict = judge(request.spec.gate, evaluation)
+    result = Result(digest, evaluation, verdict.passed, verdict.reason, verdict.message)
+    files.write_result(result)
+    return result
+
+
+class _Job:
+    """What the stages of one job share; it holds one base at a time."""
+
+    def __init__(self, files: JobFiles, request: JobRequest, reporter: Reporter) -> None:
+        self._files = files
+        self._request = request
+        self._spec = request.spec
+        self._reporter = reporter
+        self._device = parse_device(request.device)
+        self._base: JobBase | None = None
+
+    def make(self) -> tuple[Evaluation, str]:
+        """Train the adapter, measure it and write it; return its evaluation and its digest."""
+        data = self._read_data()
+        before = self._measure_before(data)
+        attached, trained = self._train(data)
+        if self._request.trained_quantization != self._request.served_quantization:
+            del attached  # and with it the base that it was trained on
+            attached = self._carry_over(data, trained)
+        evaluation = self._measure_after(data, before)
+        self._reporter.stage("writing")
+        provenance = self._provenance(trained, evaluation)
+        digest = self._files.write_adapter(lambda aside: attached.write(aside, provenance))
+        return evaluation, digest
+
+    def _read_data(self) -> TrainingData:
+        """Read the data, and refuse what can be refused before a weight is read."""
+        self._reporter.stage("reading data")
+        register_pruned()
+        tokenizer = load_tokenizer(self._request.base)
+        data = read_data(
+            self._files.data, self._spec, tokenizer, context_length(read_parsed_config(self._request.base))
+        )
+        check_gate(self._spec.gate, data.held_out)
+        warmup_steps(self._spec.optimizer, data.num_steps(self._spec))
+        self._reporter.tell("data", data.report.to_json())
+        return data
+
+    def _hold(self, quantization: str) -> JobBase:
+        """Return the base in a quantization, as it is stored if nothing was attached to it."""
+        if self._base is None or self._base.spec.quantization != quantization:
+            self._base = None
+            gc.collect()
+            torch.cuda.empty_cache()  # nothing where there is no GPU
+            self._reporter.stage("loading base")
+            request = self._request
+            self._base = load_job_base(
+                request.base,
+                name=request.base_name,
+                dtype=request.dtype,
+                device=self._device,
+                quantization=quantization,
+            )
+        return self._base
+
+    def _measure_before(self, data: TrainingData) -> Measured:
+        request = self._request
+        binding = {"spec": self._spec.digest, "base": str(request.base), "quantization": request.served_quantization}
+        before = self._files.before(binding)
+        if before is None:
+            base = self._hold(request.served_quantization)
+            self._reporter.stage("measuring before")
+            before = self._measure(base, data)
+            self._files.write_before(before, binding)
+        return before
+
+    def _train(self, data: TrainingData) -> tuple[Attached, Checkpoint]:
+        base = self._hold(self._request.trained_quantization)
+        checkpoints = Checkpoints(self._files.checkpoints, self._binding(base))
+        resumed = checkpoints.latest()
+        self._reporter.stage("training")
+        attached = self._attach(base, data, resumed)
+        return attached, train(Training(base.model, attached, self._spec, data), checkpoints, resumed, self._reporter)
+
+    def _attach(self, base: JobBase, data: TrainingData, resumed: Checkpoint | None) -> Attached:
+        def calibration(count: int) -> list[Batch]:
+            samples = data.at(0, min(count, len(data.training)))
+            return [batch.to(self._device) for batch in batches_of(samples, self._spec.micro_batch_size)]
+
+        context = Context(base.spec, self._spec.seed, calibration, self._files.adapters())
+        buffers = None if resumed is None else buffers_of(resumed)
+        return method_of(self._spec).attach(base.model, context, buffers)
+
+    def _carry_over(self, data: TrainingData, trained: Checkpoint) -> Attached:
+        """Attach what was trained to the base as it is served, which was held otherwise in training."""
+        attached = self._attach(self._hold(self._request.served_quantization), data, trained)
+        restore(attached, trained.tensors)
+        return attached
+
+    def _measure_after(self, data: TrainingData, before: Measured) -> Evaluation:
+        base = self._hold(self._request.served_quantization)
+        self._reporter.stage("measuring after")
+        after = self._measure(base, data)
+        evaluation = Evaluation(len(data.held_out), before.loss, after.loss, before.exact_match, after.exact_match)
+        self._files.write_evaluation(evaluation)
+        self._reporter.tell("evaluation", evaluation.to_json())
+        return evaluation
+
+    def _measure(self, base: JobBase, data: TrainingData) -> Measured:
+        ends = base.spec.generation.eos_token_ids
+        return measure(
+            base.model,
+            base.tokenizer,
+            data.held_out,
+            ends,
+            batch_size=self._spec.micro_batch_size,
+            on_batch=self._reporter.stop_if_asked,
+        )
+
+    def _binding(self, base: JobBase) -> dict[str, str]:
+        """Return what a checkpoint must be of to be gone on from."""
+        return {
+            "base": base.spec.fingerprint,
+            "dataset": self._spec.dataset,
+            "quantization": base.spec.quantization,
+            "dtype": base.spec.dtype,
+            "device": self._request.device,
+            "spec": self._spec.digest,
+        }
+
+    def _provenance(self, trained: Checkpoint, evaluation: Evaluation) -> dict[str, object]:
+        spec = self._spec
+        return {
+            "job": self._request.job_id,
+            "method": spec.method.value,
+            "settings": asdict(spec.settings),
+            "spec": spec.digest,
+            "datasets": list(spec.datasets),
+            "steps": trained.step,
+            "seed": spec.seed,
+            "trained_quantization": self._request.trained_quantization,
+            "served_quantization": self._request.served_quantization,
+            "last_loss": trained.loss,
+            "evaluation": evaluation.to_json(),
+            "versions": {name: version(name) for name in ("motley", "torch", "transformers")},
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(exit_as_told(run, sys.argv[1:]))

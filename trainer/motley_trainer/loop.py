@@ -1,0 +1,127 @@
+"""The step loop: from a model with a method's parameters in it to trained parameters.
+
+Forward, loss, backward, clip, step, over accelerate; a checkpoint now and then, and a look at whether to stop after
+every step. Whatever a step depends on is in the spec, the data, the base and the checkpoint, so a training that was
+interrupted gives the bits of one that was not. Runs on the thread that owns the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+
+from motley_trainer.batches import summed_loss
+from motley_trainer.captured import captured, restore, restore_moments
+from motley_trainer.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.data import TrainingData
+from motley_trainer.errors import DivergedError
+from motley_trainer.methods.method import Attached
+from motley_trainer.reporting import JobCancelledError, Reporter, Step
+from motley_trainer.schedule import rate
+from motley_trainer.spec import TrainingSpec
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Training:
+    """What a training is made of."""
+
+    model: PreTrainedModel
+    attached: Attached
+    spec: TrainingSpec
+    data: TrainingData
+
+
+def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | None, reporter: Reporter) -> Checkpoint:
+    """Take the steps that are left after a checkpoint, and return the last one.
+
+    Effects: changes the method's parameters and nothing else of the model.
+    Raises: DivergedError with reason LOSS_NOT_FINITE; OutputError if a checkpoint cannot be kept; JobCancelledError
+    once a checkpoint of the step is. Whichever it is, what was kept before can be gone on from.
+    """
+    spec = training.spec
+    num_steps = training.data.num_steps(spec)
+    optimizer = _optimizer(training)
+    accelerator = Accelerator(cpu=training.model.device.type == "cpu", mixed_precision="no")
+    if resumed is not None:
+        restore(training.attached, resumed.tensors)
+        restore_moments(training.attached, optimizer, resumed.tensors)
+    set_training(training.model, training.attached, True)
+    reporter.begin_steps()
+    for step in range(0 if resumed is None else resumed.step, num_steps):
+        told = _take_step(training, optimizer, accelerator, step, num_steps)
+        reporter.step(told)
+        is_stopping = reporter.should_stop()
+        if told.step % spec.checkpoint_steps == 0 or told.step == num_steps or is_stopping:
+            resumed = Checkpoint(told.step, told.loss, captured(training.attached, optimizer))
+            _refuse_not_finite(resumed)
+            checkpoints.save(resumed)
+            reporter.flush()
+            reporter.tell("checkpoint_step", told.step)
+        if is_stopping:
+            raise JobCancelledError
+    assert resumed is not None  # there is one step at least
+    set_training(training.model, training.attached, False)
+    return resumed
+
+
+def _take_step(
+    training: Training, optimizer: torch.optim.Optimizer, accelerator: Accelerator, step: int, num_steps: int
+) -> Step:
+    """Take one step, the first being 0.
+
+    Semantics: the loss is the mean over all learned tokens of the step, so that micro-batches add up to the gradient of
+    one batch; what a method adds counts by the share of the samples.
+    """
+    spec, model = training.spec, training.model
+    batches = [batch.to(model.device) for batch in training.data.step(step, spec.batch_size, spec.micro_batch_size)]
+    num_learned = sum(batch.num_learned for batch in batches)
+    learning_rate = rate(spec.optimizer, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        with accelerator.autocast():
+            loss = summed_loss(model, batch) / num_learned
+            extra = training.attached.extra_loss()
+        total += float(loss.detach())
+        accelerator.backward(loss if extra is None else loss + extra * (len(batch.input_ids) / spec.batch_size))
+    bound = spec.optimizer.max_gradient_norm or math.inf
+    norm = float(accelerator.clip_grad_norm_(training.attached.parameters.values(), bound))
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise _diverged(step + 1, f"its loss is {total}, the norm of its gradient {norm}")
+    optimizer.step()
+    return Step(step + 1, num_steps, total, learning_rate, norm, sum(batch.num_tokens for batch in batches))
+
+
+def set_training(model: PreTrainedModel, attached: Attached, is_training: bool) -> None:
+    """Put the modules that own a trained parameter into training mode, or out of it; the base stays as served."""
+    trained = {id(parameter) for parameter in attached.parameters.values()}
+    for module in model.modules():
+        if any(id(parameter) in trained for parameter in module.parameters(recurse=False)):
+            module.training = is_training
+
+
+def _optimizer(training: Training) -> torch.optim.Optimizer:
+    settings = training.spec.optimizer
+    return torch.optim.AdamW(
+        training.attached.parameters.values(),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _refuse_not_finite(checkpoint: Checkpoint) -> None:
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise _diverged(checkpoint.step, f"{name} has values that are not finite")
+
+
+def _diverged(step: int, problem: str) -> DivergedError:
+    message = f"training diverged at step {step}: {problem}; a lower learning rate, or more warm-up, may do"
+    return DivergedError(message, reason="LOSS_NOT_FINITE", field="optimizer.learning_rate")

@@ -1,0 +1,17 @@
+"""The methods, by the spec that asks for one."""
+
+from __future__ import annotations
+
+from motley_trainer.methods.method import Method
+from motley_trainer.spec import LoraSettings, TrainingSpec
+
+
+def method_of(spec: TrainingSpec) -> Method:
+    """Return the method that a spec asks for."""
+    if isinstance(spec.settings, LoraSettings):
+        from motley_trainer.methods.lora import Lora
+
+        return Lora(spec.settings)
+    from motley_trainer.methods.s2ft import S2ft
+
+    return S2ft(spec.settings)

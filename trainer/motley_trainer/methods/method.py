@@ -1,0 +1,73 @@
+"""What a training method is to the loop: it puts trainable parameters into a base, and writes them as an adapter.
+
+The loop, the checkpoints and the evaluation know nothing more of a method than this. All of it runs on the thread that
+owns the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from motley_bases.spec import BaseSpec
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from motley_trainer.batches import Batch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Context:
+    """What a method may look at when it attaches.
+
+    Semantics: `calibration(n)` are the first n training samples in the order of the data, or all if there are fewer, on
+    the model's device. `adapters` are the directories of the adapters that the settings name, in their order.
+    """
+
+    spec: BaseSpec
+    seed: int
+    calibration: Callable[[int], Sequence[Batch]]
+    adapters: Sequence[Path] = ()
+
+
+class Attached(Protocol):
+    """A method's parameters inside a model.
+
+    Semantics: `parameters` are all that is trained, by names and in an order that depend on the spec and the base
+    alone; everything else of the model is frozen. The model itself stays as it is served, in evaluation mode; a module
+    that owns one of the parameters is in training mode while a step is taken.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what is trained."""
+
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Return what else a resumed run must have as it is now; kept in each checkpoint."""
+
+    def extra_loss(self) -> Tensor | None:
+        """Return what is added to the loss of the forward pass just made, if anything."""
+
+    def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
+        """Write the adapter's directory, with `provenance` and `facts` in its manifest, and return its digest."""
+
+    def facts(self) -> Mapping[str, object]:
+        """Return numbers for people: how many parameters, which channels."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Make the model the base alone for a while."""
+
+
+class Method(Protocol):
+    """A way to train."""
+
+    def attach(self, model: PreTrainedModel, context: Context, resumed: Mapping[str, Tensor] | None) -> Attached:
+        """Put the method's parameters into a model whose own are all frozen.
+
+        Semantics: `resumed` are the buffers of a checkpoint, whose parameters are copied in afterwards; nothing is
+        chosen anew.
+        Raises: TrainerError for settings that do not fit this base.
+        """

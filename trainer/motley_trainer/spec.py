@@ -1,0 +1,160 @@
+"""What a training job is asked to do: the TrainingSpec of the wire as frozen facts, its defaults filled in.
+
+Numbers and words alone: no torch, no protobuf. `spec_reading.py` makes these from JSON, and has checked what can be
+checked without the data and the base. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class TrainingMethod(StrEnum):
+    """How an adapter is trained, which is also its kind."""
+
+    LORA = "lora"
+    S2FT = "s2ft"
+
+
+class ChannelScore(StrEnum):
+    """How S2FT scores a channel."""
+
+    RANDOM = "random"
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+    WEIGHT_ACTIVATION = "weight_activation"
+    GRADIENT = "gradient"
+
+
+class ChannelOrder(StrEnum):
+    """Which channels S2FT takes, by their score."""
+
+    SMALL = "small"
+    LARGE = "large"
+
+
+class ChannelBudget(StrEnum):
+    """Of what S2FT's shares are."""
+
+    LAYER = "layer"
+    GLOBAL = "global"
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after the warm-up."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class OverLength(StrEnum):
+    """What becomes of a sample with too many tokens."""
+
+    TRUNCATE = "truncate"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The factors of a LoRA.
+
+    Semantics: `target_modules` are names of Linears or full paths, none for all Linears of the layers. The patterns
+    give modules, by name or path, a rank or an alpha of their own.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class S2ftSettings:
+    """Which channels S2FT trains.
+
+    Semantics: shares of o_proj's heads, down_proj's channels, v_proj's heads and up_proj's channels, one of them above
+    0; what is not 0 takes at least one. `disjoint_from` are adapters as a request names them.
+    """
+
+    o_share: float = 0.05
+    down_share: float = 0.02
+    v_share: float = 0.0
+    up_share: float = 0.0
+    score: ChannelScore = ChannelScore.RANDOM
+    order: ChannelOrder = ChannelOrder.SMALL
+    budget: ChannelBudget = ChannelBudget.LAYER
+    disjoint_from: tuple[str, ...] = ()
+    calibration_samples: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """AdamW and its schedule.
+
+    Semantics: without `warmup_steps` a tenth of the steps, at most 100; a `max_gradient_norm` of 0 does not clip.
+    """
+
+    learning_rate: float = 2e-4
+    schedule: Schedule = Schedule.LINEAR
+    warmup_steps: int | None = None
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_gradient_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """What counts as better on data that was not trained on.
+
+    Semantics: `dataset` is the digest of samples of its own; None holds a tenth of the job's dataset out.
+    """
+
+    dataset: str | None = None
+    max_loss_ratio: float = 1.0
+    min_exact_match: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec:
+    """One training, as it was asked for.
+
+    Semantics: `settings` are those of `method`. `quantization` is how the base is held in training, None as it is
+    served. Of `steps` and `epochs` one is None. `max_length` is in tokens, None for the smaller of 512 and the base's
+    context. `digest` is "sha256:..." over the JSON that all this was read from.
+    """
+
+    method: TrainingMethod
+    settings: LoraSettings | S2ftSettings
+    dataset: str
+    digest: str
+    quantization: str | None = None
+    steps: int | None = None
+    epochs: float | None = 3.0
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    max_length: int | None = None
+    over_length: OverLength = OverLength.TRUNCATE
+    seed: int = 0
+    checkpoint_steps: int = 50
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Return the digest of every dataset that is read, once each."""
+        return tuple(dict.fromkeys(name for name in (self.dataset, self.gate.dataset) if name is not None))
+
+
+def derived_seed(seed: int, *purpose: str | int) -> int:
+    """Return a seed for one purpose, so that no two generators of a job run in step."""
+    text = json.dumps([seed, *purpose])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1  # torch takes 63 bits everywhere

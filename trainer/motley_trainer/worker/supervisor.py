@@ -1,0 +1,166 @@
+"""The worker: registers, waits for jobs, and does one at a time until it is told to stop.
+
+Owns the way to the server under the worker's own key, and what is done while there is none. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from motley_client.endpoint import Endpoint
+from motley_client.errors import FailedPreconditionError, MotleyClientError, NotFoundError, UnavailableError
+from motley_client.types_worker import Lease, WorkerTerms
+from motley_client.worker_calls import LeaseClient, WorkerClient
+
+from motley_trainer.worker.attempt import Surroundings, attempt
+from motley_trainer.worker.metrics import WorkerMetrics
+from motley_trainer.worker.reports import is_passing
+from motley_trainer.worker.settings import METHODS, WorkerSettings
+from motley_trainer.worker.stopping import Stop
+from motley_trainer.worker.workplace import Workplace
+
+_Result = TypeVar("_Result")
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Do jobs for one server.
+
+    Raises: MotleyClientError from `run` for whatever the server refuses for good: the key, the name, the base.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, endpoint: Endpoint, workplace: Workplace, metrics: WorkerMetrics, stop: Stop
+    ) -> None:
+        self._settings = settings
+        self._endpoint = endpoint
+        self._stop = stop
+        self._workplace = workplace
+        self._metrics = metrics
+        self._around = Surroundings(settings, workplace, self._lease_client, metrics, stop)
+        self._is_away = False
+
+    async def run(self) -> None:
+        """Work until the stop, or after one job if that was asked for."""
+        where = self._endpoint
+        with_key = WorkerClient(where.address, where.key, ca_file=where.ca_file, insecure=where.insecure)
+        async with with_key as client:
+            terms: WorkerTerms | None = None
+            while not self._stop.asked.is_set():
+                await asyncio.to_thread(self._workplace.forget_old, self._settings.timings.keep_seconds)
+                if terms is None:
+                    terms = await self._until_stopped(self._register(client))
+                    continue
+                lease, terms = await self._until_stopped(self._next_lease(client, terms)) or (None, None)
+                if lease is not None and terms is not None:
+                    await self._do(lease, terms)
+                    if self._settings.takes_one:
+                        return
+        log.info("stopped")
+
+    async def _do(self, lease: Lease, terms: WorkerTerms) -> None:
+        job = lease.job
+        log.info("%s: leased, %s into %s", job.id, job.method, job.adapter_name)
+        state = await attempt(lease, terms, self._around)
+        self._metrics.ended(job.method, state)
+
+    async def _register(self, client: WorkerClient) -> WorkerTerms | None:
+        """Register; None if no server answered, after a pause."""
+        settings = self._settings
+        try:
+            terms = await client.register_worker(
+                settings.name,
+                METHODS,
+                settings.base.fingerprint,
+                settings.device,
+                importlib.metadata.version("motley"),
+                timeout=settings.timings.poll_seconds,
+            )
+        except FailedPreconditionError as error:
+            raise self._explained(error) from error
+        except MotleyClientError as error:
+            await self._bear(error)
+            return None
+        self._is_away = False
+        log.info(
+            "registered at %s as %s; base %s, %s; leases last %g s",
+            self._endpoint.address, settings.name, settings.base.name, settings.base.fingerprint, terms.lease_seconds,
+        )  # fmt: skip
+        return terms
+
+    def _explained(self, error: FailedPreconditionError) -> FailedPreconditionError:
+        """Make sure that a refused base is told with its fingerprint."""
+        base = self._settings.base
+        if base.fingerprint in error.message:
+            return error
+        message = f"{error.message}; this worker's base {base.name} is {base.fingerprint}"
+        return FailedPreconditionError(message, reason=error.reason, field=error.field, request_id=error.request_id)
+
+    async def _next_lease(self, client: WorkerClient, terms: WorkerTerms) -> tuple[Lease | None, WorkerTerms | None]:
+        """Wait for a job; without terms in the answer the worker has to register again."""
+        timings, began = self._settings.timings, time.monotonic()
+        try:
+            lease = await client.lease_job(self._settings.name, timings.poll_seconds)
+        except NotFoundError as error:
+            log.warning("the server does not know this worker: %s", error)
+            return None, None
+        except MotleyClientError as error:
+            await self._bear(error)
+            return None, None
+        if lease is None:  # also by a server that does not wait
+            await asyncio.sleep(max(0.0, timings.idle_seconds - (time.monotonic() - began)))
+        return lease, terms
+
+    async def _bear(self, error: MotleyClientError) -> None:
+        """Wait before asking a server again that did not answer.
+
+        Raises: the error, if it was an answer.
+        """
+        if not is_passing(error):
+            raise error
+        if not self._is_away or not isinstance(error, UnavailableError):
+            log.warning("the server does not answer, and is asked again: %s", error)
+        self._is_away = True
+        await asyncio.sleep(max(self._settings.timings.idle_seconds, error.retry_after_seconds or 0.0))
+
+    async def _until_stopped(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result | None:
+        """Return what a coroutine returns, or None once the worker is told to stop."""
+        task, stopped = asyncio.create_task(coroutine), asyncio.create_task(self._stop.asked.wait())
+        try:
+            await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for one in (task, stopped):
+                one.cancel()
+            await asyncio.wait([task, stopped])
+
+    def _lease_client(self, token: str) -> LeaseClient:
+        where = self._endpoint
+        return LeaseClient(where.address, token, ca_file=where.ca_file, insecure=where.insecure)
+
+
+async def run_worker(
+    settings: WorkerSettings, endpoint: Endpoint, workplace: Workplace, metrics: WorkerMetrics
+) -> None:
+    """Run a worker until SIGTERM or SIGINT; a second signal ends its job at once.
+
+    Raises: MotleyClientError for whatever the server refuses for good.
+    """
+    stop = Stop()
+
+    def interrupt(number: int) -> None:
+        log.info("%s: stopping%s", signal.Signals(number).name, " at once" if stop.asked.is_set() else "")
+        stop.interrupt()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, interrupt, number)
+    log.info("worker %s, process %d", settings.name, os.getpid())
+    await Worker(settings, endpoint, workplace, metrics, stop).run()

@@ -1,0 +1,244 @@
+"""What is done with a leased job, from its data to its publication, each step as if it were the first or the tenth.
+
+Owns the order of the steps and what they leave in the job's directory. A step that is cut is cancelled, and done again
+under another lease. Runs on the event loop, and files on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from motley_client.convert_worker import told_event
+from motley_client.errors import AlreadyExistsError, InvalidArgumentError, MotleyClientError, NotFoundError
+from motley_client.types_adapters import AdapterVersion
+from motley_client.types_worker import JobEnding, Lease, LeaseEnd, WorkerTerms
+from motley_client.worker_calls import LeaseClient
+
+from motley_trainer.worker.child import EXIT_DONE, EXIT_FAILED, ChildEnd, ChildOrder, run_child
+from motley_trainer.worker.metrics import WorkerMetrics
+from motley_trainer.worker.reports import Reporter, is_passing
+from motley_trainer.worker.settings import MAX_RESTARTS, WorkerSettings
+from motley_trainer.worker.stopping import Stop
+from motley_trainer.worker.workplace import JobDirectory, JobResult, Workplace
+
+SERVED_DTYPES = ("float32", "bfloat16")  # that a job may compute in
+BEGUN_OTHERWISE, PUBLISHED_BEFORE = "UPLOAD_EXISTS", "REQUEST_ID_REUSED"  # reasons by which an upload is refused
+
+_Result = TypeVar("_Result")
+
+log = logging.getLogger(__name__)
+
+
+class JobFailedError(Exception):
+    """Say why a job failed, and would fail again: what is reported of it."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+
+
+class Work:
+    """Do one job, once, under one lease."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        settings: WorkerSettings,
+        terms: WorkerTerms,
+        client: LeaseClient,
+        reporter: Reporter,
+        metrics: WorkerMetrics,
+        stop: Stop,
+    ) -> None:
+        self._lease = lease
+        self._job = lease.job
+        self._settings = settings
+        self._terms = terms
+        self._client = client
+        self._reporter = reporter
+        self._metrics = metrics
+        self._stop = stop
+        self._has_told_evaluation = False
+        self.is_publishing = False
+        self.directory: JobDirectory | None = None
+
+    async def do(self, workplace: Workplace) -> JobEnding:
+        """Do what of the job is not done yet, and return how it ended: SUCCEEDED once it is published, or REJECTED.
+
+        Raises: JobFailedError; MotleyClientError for what the server refuses; OSError; ValueError for names that must
+        not become paths.
+        """
+        directory = self.directory = await asyncio.to_thread(workplace.job, self._job.id)
+        await self._prepare(directory)
+        result = await asyncio.to_thread(directory.read_result) or await self._train(directory)
+        if result.evaluation and not self._has_told_evaluation:  # by this lease: who had it before may not have
+            self._tell({"evaluation": dict(result.evaluation)})
+        if not result.passed:
+            message = result.message or f"the gate was not passed: {_figures(result.evaluation)}"
+            return JobEnding(LeaseEnd.REJECTED, result.reason or "GATE_NOT_PASSED", message)
+        return await self._publish(directory)
+
+    # What a job's process is told and tells: see `Listener`.
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether enough waits to be reported."""
+        return self._reporter.is_full
+
+    def told(self, line: Mapping[str, Any]) -> None:
+        """Have what the job's process tells reported and shown.
+
+        Raises: ValueError for what is no event.
+        """
+        try:
+            event = told_event(line)
+        except InvalidArgumentError as error:
+            raise ValueError(error.message) from error
+        self._reporter.add(event)
+        if event.kind == "progress":
+            self._metrics.progressed(line["progress"])
+        self._has_told_evaluation |= event.kind == "evaluation"
+
+    def weighed(self, num_bytes: int) -> None:
+        """Show the memory that the job's process takes."""
+        self._metrics.weighed(num_bytes)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        self._reporter.add(told_event(event))
+
+    async def _prepare(self, directory: JobDirectory) -> None:
+        job, others = self._job, enumerate(self._job.disjoint_from)
+        datasets = {digest: directory.dataset(digest) for digest in job.datasets}
+        missing = [digest for digest, path in datasets.items() if not path.exists()]
+        # One that is there stays, though its name may mean another version now: the job began with it.
+        adapters = [(index, name) for index, name in others if not directory.other_adapter(index).exists()]
+        if missing or adapters:
+            self._tell({"stage": "fetching data"})
+        for digest in missing:
+            await self._persist(partial(self._client.fetch_dataset, digest, datasets[digest]))
+        for index, name in adapters:
+            await self._fetch_adapter(directory, index, name)
+        base = self._settings.base
+        dtype, served = self._settings.dtype, self._terms.dtype
+        order = {
+            "job_id": job.id,
+            "spec": dict(job.spec),
+            "base": str(base.directory),
+            "base_name": base.name,
+            "dtype": served if dtype == "auto" and served in SERVED_DTYPES else dtype,
+            "served_quantization": self._terms.quantization,
+            "device": self._settings.device,
+        }
+        await asyncio.to_thread(directory.write_order, order)
+
+    async def _fetch_adapter(self, directory: JobDirectory, index: int, name: str) -> None:
+        place = directory.other_adapter(index)
+        aside = place.with_name(f".new-{index}")
+        await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
+        await self._persist(partial(self._client.download_adapter, name, aside))
+        await asyncio.to_thread(os.replace, aside, place)
+
+    async def _train(self, directory: JobDirectory) -> JobResult:
+        """Run the job's process until it has a result, again where it died.
+
+        Raises: JobFailedError.
+        """
+        order = ChildOrder(
+            name=self._job.id,
+            command=(*self._settings.command, str(directory.path)),
+            environ=child_environ(os.environ, self._settings.threads),
+            nice=self._settings.nice,
+            memory_limit_bytes=self._settings.memory_limit_bytes,
+        )
+        num_restarts = 0
+        while True:
+            end = await run_child(order, self, self._settings.timings, self._stop.hurried)
+            result = await asyncio.to_thread(directory.read_result) if end.code == EXIT_DONE else None
+            if result is not None:
+                return result
+            self._raise_if_final(end)
+            died = f"its process died ({end.cause})"
+            if num_restarts == MAX_RESTARTS:
+                message = f"{died} again after {MAX_RESTARTS} restarts"
+                if end.last_words:
+                    message += f"; its last words: {end.last_words}"
+                raise JobFailedError(message, reason="JOB_DIED")
+            num_restarts += 1
+            log.warning("%s: %s, and is started again", self._job.id, died)
+            self._metrics.restarted()
+            self._tell({"stage": f"{died}, started again from its last checkpoint"})
+
+    def _raise_if_final(self, end: ChildEnd) -> None:
+        """Raise JobFailedError for an end that another attempt would come to as well."""
+        if end.over_bytes is not None:
+            limit = self._settings.memory_limit_bytes
+            message = f"its process took {end.over_bytes} bytes, and the worker gives it {limit}"
+            raise JobFailedError(message, reason="OUT_OF_MEMORY")
+        if end.code == EXIT_FAILED and end.failure is not None:
+            message, field = str(end.failure.get("message") or "no word about it"), end.failure.get("field")
+            if field:
+                message += f" (field {field})"
+            raise JobFailedError(message, reason=str(end.failure.get("reason") or "JOB_DIED"))
+
+    async def _publish(self, directory: JobDirectory) -> JobEnding:
+        self.is_publishing = True
+        self._tell({"stage": "publishing"})
+        try:
+            version = await self._persist(partial(self._upload, directory))
+        except AlreadyExistsError as error:
+            if error.reason != PUBLISHED_BEFORE:
+                raise
+            # An attempt elsewhere, which came to other bytes, was not heard of again. Its version is the job's.
+            log.info("%s: published before: %s", self._job.id, error)
+        else:
+            log.info("%s: published as %s@%d, %s", self._job.id, version.name, version.version, version.digest)
+        return JobEnding(LeaseEnd.SUCCEEDED)
+
+    async def _upload(self, directory: JobDirectory) -> AdapterVersion:
+        """Upload the adapter; what another attempt had begun to upload, with other bytes, goes."""
+        job, id = self._job, self._lease.upload_id
+        where = {"aliases": job.aliases, "labels": job.labels, "upload_id": id}
+        upload = partial(self._client.upload_adapter, job.adapter_name, directory.adapter, **where)
+        try:
+            return await upload()
+        except AlreadyExistsError as error:
+            if error.reason != BEGUN_OTHERWISE:
+                raise
+            log.info("%s: begun before with other bytes, which go: %s", job.id, error)
+        with suppress(NotFoundError):  # it has become a version meanwhile
+            await self._client.abort_upload(id)
+        return await upload()
+
+    async def _persist(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Repeat a call that meets no server; it is cancelled when the lease is gone meanwhile."""
+        pause, is_waiting = self._settings.timings.first_pause_seconds, False
+        while True:
+            try:
+                return await call()
+            except MotleyClientError as error:
+                if not is_passing(error):
+                    raise
+                if not is_waiting:
+                    log.warning("%s: waiting for the server: %s", self._job.id, error)
+                is_waiting = True
+                await asyncio.sleep(max(pause, error.retry_after_seconds or 0.0))
+                pause = min(2 * pause, self._settings.timings.last_pause_seconds)
+
+
+def child_environ(environ: Mapping[str, str], threads: int | None) -> dict[str, str]:
+    """Return the environment of a job's process: ours, but no key of ours, and with the manners of a guest."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("MOTLEY_")}
+    kept |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return kept if threads is None else kept | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _figures(evaluation: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in evaluation.items()) or "without figures"
