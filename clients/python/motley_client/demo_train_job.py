@@ -104,8 +104,8 @@ async def watch(client: AsyncClient, job: TrainingJob, console: Console) -> Watc
                 progress = event.event
                 live.update(progress_line(progress))
             elif text := event_line(event, progress):
-                live.update(escape(text))
                 console.print(f"{_since(job.create_time, event.time):>6.1f} s  {escape(text)}", soft_wrap=True)
+                live.update(escape(text))
     return Watched(await client.get_training_job(job.id), tuple(events))
 
 
