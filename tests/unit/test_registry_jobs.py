@@ -105,6 +105,13 @@ def test_jobs_that_have_not_ended_count_for_their_tenants_quota_alone(training: 
     training.create("local")
 
 
+def test_an_adapter_that_could_not_be_published_is_not_trained(training: Training) -> None:
+    no_names = (ResourceExhaustedError, "QUOTA_ADAPTERS", "quota.adapters")
+    assert refusal(training.create, "local", Quota(adapters=0)) == no_names
+    assert training.jobs.list("local").items == ()
+    training.create("local", Quota(adapters=1, adapter_bytes=0))
+
+
 def test_of_creations_at_once_as_many_succeed_as_the_quota_has_room_for(training: Training) -> None:
     results = at_once(*[partial(training.create, "local", BOTH)] * 4)
     assert sorted(isinstance(result, MotleyError) for result in results) == [False, False, True, True]

@@ -169,16 +169,16 @@ def check_whole(database: Database) -> None:
         assert (job.ended_at is not None) == job.state.is_end
 
 
-def do_dying_ever_later(act: Act, story: Story, database: Database) -> int:
-    """Do an act with its connection dying at every point, until there is none left; return how many there were."""
+def do_dying_ever_later(act: Act, story: Story, database: Database, stride: int) -> int:
+    """Do an act with its connection dying ever later, until it lives; return how many points there were."""
     time, before = story.clock.time, rows_in(database, METADATA)
-    for point in range(100):
+    for point in range(0, 100, stride):
         story.clock.time = time
         with dying_at(point) as passed:
             is_dead = has_failed(act, database, story)
         assert is_dead == bool(passed[point:]), "it fails by itself, or lives on"
         if not is_dead:
-            return point
+            return len(passed)
         assert rows_in(database, METADATA) == before, "it died half done"
     raise AssertionError("it never ends")
 
@@ -191,7 +191,10 @@ def has_failed(act: Act, database: Database, story: Story) -> bool:
     return False
 
 
-def test_dead_at_every_statement_nothing_is_done_by_half_or_twice(database_url: str, clock: SteppedClock) -> None:
+def test_dead_at_every_statement_nothing_is_done_by_half_or_twice(
+    backend: str, database_url: str, clock: SteppedClock
+) -> None:
+    stride = 1 if backend == "sqlite" else 3  # where every death costs the server a process
     opened, story = partial(Database.open, database_url, clock=clock), Story(clock)
     with closing(opened()) as database:
         for tenant in ("acme", "gone"):
@@ -203,7 +206,7 @@ def test_dead_at_every_statement_nothing_is_done_by_half_or_twice(database_url: 
     for name, act in ACTS.items():
         clock.advance(seconds=1)
         with closing(opened()) as database:
-            points[name] = do_dying_ever_later(act, story, database)
+            points[name] = do_dying_ever_later(act, story, database, stride)
         with closing(opened()) as database:
             done = rows_in(database, METADATA)
             check_whole(database)

@@ -270,7 +270,7 @@ class Queue(RuleBasedStateMachine):
 
 class TestQueue(Queue.TestCase):
     settings = settings(
-        max_examples=30, stateful_step_count=30, deadline=None, derandomize=True, database=None,
+        max_examples=25, stateful_step_count=30, deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
 

@@ -220,14 +220,14 @@ def test_a_token_is_good_until_its_lease_is_over_to_the_microsecond(training: Tr
     assert (again.job.attempts, again.upload_id, again.job.started_at) == (2, leased.upload_id, leased.job.started_at)
 
 
-@pytest.mark.parametrize("state", [*ENDS, JobState.QUEUED])
-def test_a_token_is_good_for_nothing_once_its_worker_has_ended_the_lease(training: Training, state: JobState) -> None:
-    training.create()
-    leased = training.lease()
-    training.end(leased, state)
-    assert training.leases.authenticate(leased.token) is None
-    assert refusal(holds, training, lease_id_of(leased)) == ENDED
-    assert refusal(training.leases.report, lease_id_of(leased), [stage("late")]) == ENDED
+def test_a_token_is_good_for_nothing_once_its_worker_has_ended_the_lease(training: Training) -> None:
+    for state in (*ENDS, JobState.QUEUED):
+        training.create()
+        leased = training.lease()
+        training.end(leased, state)
+        assert training.leases.authenticate(leased.token) is None, state
+        assert refusal(holds, training, lease_id_of(leased)) == ENDED, state
+        assert refusal(training.leases.report, lease_id_of(leased), [stage("late")]) == ENDED, state
 
 
 def test_what_is_no_leases_id_holds_nothing(training: Training) -> None:
@@ -277,27 +277,26 @@ def test_the_latest_of_each_is_kept_beside_the_events(training: Training) -> Non
         report([NewEvent("state_change", "{}")], 2)
 
 
-@pytest.mark.parametrize("state", ENDS)
-def test_an_ending_comes_after_the_last_events_and_is_the_end(
-    training: Training, clock: SteppedClock, state: JobState
-) -> None:
-    job = training.create()
-    leased = training.lease()
-    clock.advance(seconds=5)
-    ending = Ending(state, "DISK_FULL", "no \x00 room \udc80" + "x" * 5000)
-    answer = training.leases.report(lease_id_of(leased), [stage("last")], 0, ending, {"version": "v"})
-    assert (answer.expires_at, answer.cancel_requested) == (clock(), False)
-    ended = training.jobs.get("local", job.id)
-    assert (ended.state, ended.reason, ended.ended_at, ended.version) == (state, "DISK_FULL", clock(), "v")
-    assert ended.message.startswith("no \N{REPLACEMENT CHARACTER} room ?x")
-    assert len(ended.message) == 4000
-    *_, (_, kind, content), (last, _, change) = training.events(job)
-    assert (kind, content, last) == ("stage", "last", ended.last_sequence)
-    assert change == {"state": f"JOB_STATE_{state.name}", "reason": "DISK_FULL", "message": ended.message}
-    clock.advance(days=1)
-    assert training.leases.expire() == ()
-    assert training.leases.lease("w") is None
-    assert training.jobs.get("local", job.id) == ended
+def test_an_ending_comes_after_the_last_events_and_is_the_end(training: Training, clock: SteppedClock) -> None:
+    for state in ENDS:
+        job = training.create()
+        leased = training.lease()
+        clock.advance(seconds=5)
+        ending = Ending(state, "DISK_FULL", "no \x00 room \udc80" + "x" * 5000)
+        answer = training.leases.report(lease_id_of(leased), [stage("last")], 0, ending, {"version": "v"})
+        assert (answer.expires_at, answer.cancel_requested) == (clock(), False)
+        ended = training.jobs.get("local", job.id)
+        assert (ended.state, ended.reason, ended.ended_at, ended.version) == (state, "DISK_FULL", clock(), "v")
+        assert ended.message.startswith("no \N{REPLACEMENT CHARACTER} room ?x")
+        assert len(ended.message) == 4000
+        *_, (_, kind, content), (last, _, change) = training.events(job)
+        assert (kind, content, last) == ("stage", "last", ended.last_sequence)
+        assert change == {"state": f"JOB_STATE_{state.name}", "reason": "DISK_FULL", "message": ended.message}
+        clock.advance(days=1)
+        training.register()
+        assert training.leases.expire() == ()
+        assert training.leases.lease("w") is None
+        assert training.jobs.get("local", job.id) == ended
 
 
 def test_a_lease_ends_with_a_state_that_a_job_can_be_left_in(training: Training) -> None:

@@ -18,7 +18,7 @@ from motley_server.registry import pages
 from motley_server.registry.database import Database
 from motley_server.registry.dataset_records import dataset_not_found
 from motley_server.registry.datasets import find_dataset
-from motley_server.registry.holdings import check_room_for_job
+from motley_server.registry.holdings import check_room, check_room_for_job
 from motley_server.registry.idempotency import Request
 from motley_server.registry.job_records import Ending, JobEvent, JobRecord, JobState, NewJob
 from motley_server.registry.job_rows import change_state, event_of, job_answer, job_answered, job_of, require_job
@@ -43,7 +43,8 @@ class Jobs:
         Semantics: two requests are the same if owner and spec are: what the server made of the spec may differ by then.
         Raises: InvalidArgumentError (reason=INVALID_ADAPTER_NAME or INVALID_REQUEST_ID); NotFoundError
         (reason=TENANT_NOT_FOUND, or DATASET_NOT_FOUND with the field `datasets[i]`); ResourceExhaustedError
-        (reason=QUOTA_TRAINING_JOBS); AlreadyExistsError (reason=REQUEST_ID_REUSED).
+        (reason=QUOTA_TRAINING_JOBS, or as `check_room`: what could not be published as things stand is not trained);
+        AlreadyExistsError (reason=REQUEST_ID_REUSED).
         """
         check_adapter_name(new.adapter_name)
         request = Request.of("jobs.create", scope, request_id, owner=new.owner, spec=new.spec)
@@ -57,6 +58,7 @@ class Jobs:
                 if find_dataset(connection, new.owner, digest) is None:
                     raise dataset_not_found(f"datasets[{number}]")
             check_room_for_job(connection, new.owner, quota)
+            check_room(connection, new.owner, new.adapter_name, 0, quota)
             job_id = f"job-{secrets.token_hex(ID_BYTES)}"
             blank = {"reason": "", "message": "", "worker": "", "attempts": 0, "num_lost_leases": 0}
             blank |= {"state": JobState.QUEUED.value, "cancel_requested": False, "last_sequence": 0}

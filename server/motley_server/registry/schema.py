@@ -201,7 +201,6 @@ datasets = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("num_samples", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
-    Index("datasets_by_time", "owner", "created_at", "digest"),
 )
 
 # Uploads that have become no dataset yet.
@@ -213,7 +212,6 @@ dataset_uploads = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Column("touched_at", UtcTime, nullable=False),
-    Index("dataset_uploads_by_time", "touched_at"),
 )
 
 jobs = Table(
@@ -255,7 +253,6 @@ job_events = Table(
     Column("time", UtcTime, nullable=False),
     Column("kind", String(32), nullable=False),
     Column("body", Text, nullable=False),
-    Index("job_events_by_kind", "job_id", "kind", "sequence"),
 )
 
 workers = Table(
@@ -280,8 +277,6 @@ leases = Table(
     Column("secret_sha256", LargeBinary(32), nullable=False),
     Column("expires_at", UtcTime, nullable=False),
     Column("num_reported", BigInteger, nullable=False),
-    Index("leases_by_time", "expires_at"),
-    Index("leases_by_worker", "worker"),
 )
 
 # How far each tenant has come in the tenants' taking of turns.

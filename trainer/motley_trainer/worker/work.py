@@ -205,8 +205,14 @@ class Work:
     async def _upload(self, directory: JobDirectory) -> AdapterVersion:
         """Upload the adapter; what another attempt had begun to upload, with other bytes, goes."""
         job, id = self._job, self._lease.upload_id
-        where = {"aliases": job.aliases, "labels": job.labels, "upload_id": id}
-        upload = partial(self._client.upload_adapter, job.adapter_name, directory.adapter, **where)
+        upload = partial(
+            self._client.upload_adapter,
+            job.adapter_name,
+            directory.adapter,
+            aliases=job.aliases,
+            labels=job.labels,
+            upload_id=id,
+        )
         try:
             return await upload()
         except AlreadyExistsError as error:
