@@ -61,8 +61,9 @@ check: install $(PROTOS_INSTALLED) ## Format, lint, types, import contracts, pro
 	.ci/check_protos.sh
 	$(BIN)/hadolint Dockerfile
 
+# Many tests wait for processes and timers, so two share two cores well; the tests of a file stay together, and share its fixtures.
 test: install ## The tests; those of the kernels, and of Triton's interpreter, in processes of their own
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/integration
 	$(BIN)/python -m pytest tests/kernels
 	$(BIN)/python -m pytest tests/kernels_triton
 

@@ -21,9 +21,8 @@ HOUSE = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 EMBEDDED = HOUSE / "adapters" / "motley_adapters" / "assets" / "tiny"
 DOCUMENTS = sorted([*HOUSE.glob("*.md"), *(HOUSE / "docs").rglob("*.md")])
-IN_ORDER = {
-    HOUSE / "docs" / "publish.md"
-}  # each block stands on those before it: tests/integration/test_docs_publish.py
+# Each block stands on those before it: tests/integration/test_docs_publish.py and test_docs_training.py run these.
+IN_ORDER = {HOUSE / "docs" / "publish.md", HOUSE / "docs" / "training.md"}
 START_SECONDS = 120
 
 # Commands that no test of this file runs, and why that is enough. `make TARGET` is checked to be a target.
