@@ -16,6 +16,7 @@ from motley_kernels.adapter_delta.pool import ALIGNMENT
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from motley_bases.admission import declared_windows
 from motley_bases.kv_cache import bytes_per_token
@@ -136,9 +137,9 @@ def _quantized_weights(
     model: PreTrainedModel, lm_head: nn.Linear, stored: Mapping[str, object] | None
 ) -> dict[Tensor, tuple[int, int]]:
     """Return the weights that a quantizer takes, with their two sides."""
-    whole = set(cast(Iterable[str], (stored or {}).get("llm_int8_skip_modules") or ()))
+    whole = list(cast(Iterable[str], (stored or {}).get("llm_int8_skip_modules") or ()))
     return {
         module.weight: (module.weight.shape[1], module.weight.shape[0])
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not lm_head and not whole & {path, *path.split(".")}
+        if isinstance(module, nn.Linear | Conv1D) and module is not lm_head and should_convert_module(path, whole)
     }

@@ -136,12 +136,17 @@ def is_linear(module: nn.Module) -> bool:
 def settle(model: PreTrainedModel, method: str, dtype: torch.dtype) -> None:
     """Bind the quantized Linears of a model just loaded to products that round nothing more, and check what they hold.
 
-    Effects: must come before the first forward pass. Without it, bitsandbytes rounds NF4 scales to bfloat16 in place on
-    CPUs that multiply bfloat16, after which nothing can be saved or trained, and INT8 rounds activations.
+    Effects: must come before the first forward pass. What a stored checkpoint holds in another type than `dtype` is
+    held in that from now on, for transformers leaves it as it was stored. Without all this, bitsandbytes rounds NF4
+    scales to bfloat16 in place on CPUs that multiply bfloat16, after which nothing can be saved or trained, and INT8
+    rounds activations.
     Raises: UnreadableBaseError for a tensor of a wrong shape or type, or scales that are no NF4 of ours.
     """
     from motley_bases.served_linears import ServedLinear8bit, UnalignedLinear4bit
 
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     for path, linear in quantized_linears(model):
         found = _method_of(linear)
         if found != method:
@@ -150,6 +155,7 @@ def settle(model: PreTrainedModel, method: str, dtype: torch.dtype) -> None:
             _check_nf4(path, linear)
             linear.support_avx512bf16_for_cpu = False
             linear.compute_dtype, linear.compute_type_is_set = dtype, True
+            linear.weight.quant_state.dtype = dtype  # what the weight is expanded to, before it meets its inputs
             if linear.in_features % BLOCK_WEIGHTS and linear.weight.device.type == "cpu":
                 linear.__class__ = UnalignedLinear4bit  # the same state; only the product is another
         else:

@@ -137,6 +137,25 @@ def test_a_loaded_base_takes_what_the_ledger_says(middles: dict[str, Path], name
     assert quantize == "none" or held < 0.7 * whole, "nothing was saved"
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("skipped", ["model.layers.0", r"model.layers.[12].mlp", "down_proj", "mlp"])
+def test_modules_that_a_checkpoint_keeps_whole_are_counted_whole(
+    middles: dict[str, Path], tmp_path: Path, quantize: str, skipped: str
+) -> None:
+    make: Any = BitsAndBytesConfig
+    chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if quantize == "nf4" else {"load_in_8bit": True}
+    config = make(**chosen, llm_int8_skip_modules=["lm_head", skipped])
+    model = AutoModelForCausalLM.from_pretrained(
+        middles["whole"], dtype=torch.bfloat16, quantization_config=config, device_map={"": CPU}
+    )
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((middles["whole"] / file).read_bytes())
+    base = load_base(tmp_path, dtype="auto", device=CPU)
+    ledger = make_ledger(read_parsed_config(tmp_path), Weights(torch.bfloat16, quantize, CPU))
+    assert ledger.weight_bytes == pytest.approx(held_bytes(base.model), rel=0.02)
+
+
 def test_pruning_a_quarter_takes_a_quarter_of_the_linears(middles: dict[str, Path]) -> None:
     whole, pruned = (make_ledger(read_parsed_config(middles[name]), BF16) for name in ("whole", "pruned"))
     of_whole, of_pruned = (sum(i * o for i, o in ledger.linears) for ledger in (whole, pruned))

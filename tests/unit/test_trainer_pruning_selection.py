@@ -244,7 +244,7 @@ def test_a_ratio_that_rounds_to_nothing_is_refused() -> None:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5"])
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5", "1e400"])
 def test_a_ratio_outside_nothing_and_all_is_refused(ratio: str) -> None:
     with pytest.raises(SettingsError) as refused:
         settings(ratio=Fraction(ratio))
@@ -278,7 +278,8 @@ def test_layers_that_are_none_or_not_the_models_are_refused(interval: tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("multiple", 0), ("seed", -1), ("num_windows", 0), ("window", 1)]
+    ("field", "value"),
+    [("steps", 0), ("multiple", 0), ("seed", -1), ("seed", 2**63), ("num_windows", 0), ("window", 1)],
 )
 def test_a_count_that_cannot_be_is_refused_by_its_name(field: str, value: int) -> None:
     with pytest.raises(SettingsError) as refused:

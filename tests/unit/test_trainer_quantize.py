@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build_checkpoint, edit_json
+from held_bytes import held_bytes
 from motley_adapters.errors import AdapterMismatchError
 from motley_adapters.kinds.loram import write_loram_manifest
 from motley_adapters.reader import read_adapter
@@ -19,7 +20,8 @@ from motley_bases.base import Base
 from motley_bases.base_record import RECORD_FILE
 from motley_bases.errors import BaseError
 from motley_bases.fingerprint import fingerprint
-from motley_bases.loader import load_base
+from motley_bases.ledger import Weights, make_ledger
+from motley_bases.loader import load_base, read_parsed_config
 from motley_trainer import quantize as module
 from motley_trainer.errors import TrainerError
 from motley_trainer.quantize import quantize_base
@@ -58,6 +60,27 @@ def test_what_is_written_serves_without_the_original_as_it_would_quantized_at_lo
         assert torch.equal(ours, theirs)
     assert written.stored_fingerprint == fingerprint(tmp_path / "out") != written.original_fingerprint
     assert written.stored_bytes < 0.9 * written.original_bytes
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("stored", "served"), [("bfloat16", "float32"), ("float16", "auto"), ("float32", "bfloat16")])
+def test_the_type_that_is_asked_for_is_computed_in_whatever_the_type_that_was_stored(
+    tmp_path: Path, method: str, stored: str, served: str
+) -> None:
+    original = build_checkpoint("llama", tmp_path / "base", dtype=getattr(torch, stored))
+    quantize_base(original, method, tmp_path / "out")
+    base = load_base(tmp_path / "out", dtype=served, device=CPU)
+    expected = "float32" if served == "auto" else served  # float16 is not computed in on a CPU
+    assert (base.spec.dtype, base.dtype) == (expected, getattr(torch, expected))
+    floats = {parameter.dtype for parameter in base.model.parameters() if parameter.is_floating_point()}
+    assert floats == {base.dtype}
+    ledger = make_ledger(read_parsed_config(tmp_path / "out"), Weights(base.dtype, method, CPU))
+    assert ledger.weight_bytes == pytest.approx(held_bytes(base.model), rel=0.02)
+    if stored == "float32":  # quantized at load, its weights would be rounded first
+        return
+    on_load = load_base(original, dtype=served, device=CPU, quantize=method)
+    for ours, theirs in zip(run_packed(base, SEQUENCES, CUTS), run_packed(on_load, SEQUENCES, CUTS), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_adapters_of_the_original_and_recovered_ones_are_taken_but_not_without_the_record(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from motley_trainer.pruning.aggregation import Aggregation
 from motley_trainer.pruning.counting import CountingRule
 from motley_trainer.pruning.saliency import Criterion
 
+MAX_SEED = 2**63 - 1  # that every generator of torch takes
+
 
 class Selection(StrEnum):
     """Among whom a group competes: those of its kind in its layer, or all groups of all layers that are pruned."""
@@ -70,12 +72,12 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
-            raise SettingsError(
-                f"a ratio of {float(self.ratio):g} is not between 0 and 1", reason="BAD_RATIO", field="ratio"
-            )
+            raise SettingsError("a ratio is between 0 and 1, without them", reason="BAD_RATIO", field="ratio")
         for name, least in (("steps", 1), ("multiple", 1), ("seed", 0), ("num_windows", 1), ("window", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {least} or more", reason="BAD_COUNT", field=name)
+        if self.seed > MAX_SEED:
+            raise SettingsError(f"seed is at most {MAX_SEED}", reason="BAD_COUNT", field="seed")
         if self.rule is CountingRule.LORAM:
             self._check_loram()
 
