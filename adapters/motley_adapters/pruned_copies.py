@@ -26,7 +26,7 @@ from motley_adapters.kinds.s2ft_restriction import restrict_block
 from motley_adapters.manifest import Manifest, read_manifest, write_manifest
 from motley_adapters.peft_files import LoraPair
 from motley_adapters.reader import inspect_adapter
-from motley_adapters.spec import UNDECLARED
+from motley_adapters.spec import UNDECLARED, AdapterSpec
 
 Change = Callable[[str, LoraPair, KeptChannels], LoraPair]
 
@@ -62,7 +62,7 @@ def recover_adapter(
         original,
         trained_on=pruned.fingerprint,
         prune_manifest=manifest.digest,
-        provenance={"recovered_from": spec.digest},
+        provenance={"recovered_from": spec.digest, **_declared_by(spec)},
     )
 
 
@@ -79,12 +79,17 @@ def restrict_adapter(
     """
     kept = _kept(manifest, original, pruned)
     spec = inspect_adapter(adapter, original).spec
-    provenance = {"restricted_from": spec.digest, "prune_manifest": manifest.digest}
+    provenance = {"restricted_from": spec.digest, "prune_manifest": manifest.digest, **_declared_by(spec)}
     if spec.kind == lora.KIND:
         return _restrict_lora(adapter, directory, kept, original, pruned, provenance)
     if spec.kind == s2ft.KIND:
         return _restrict_s2ft(adapter, directory, kept, original, pruned, provenance)
     raise _unsupported(spec.kind, "restricted to a pruned copy", NOT_RESTRICTED[spec.kind])
+
+
+def _declared_by(spec: AdapterSpec) -> Mapping[str, str]:
+    """Say whose word it is what an adapter was trained on: its own, or that of whoever carries it to another base."""
+    return {"declared_by": "operator" if spec.trained_on == UNDECLARED else "adapter"}
 
 
 def _kept(manifest: PruneManifest, original: BaseSpec, pruned: BaseSpec) -> Mapping[str, KeptChannels]:

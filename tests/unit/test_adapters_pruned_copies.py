@@ -149,6 +149,8 @@ def test_each_says_what_it_was_trained_on_and_serves_there_alone(world: World, t
     ):
         spec = read_adapter(directory, serves).spec
         assert (spec.trained_on, spec.serves_on) == (trained.fingerprint, serves.fingerprint)
+        provenance = json.loads((directory / "motley_manifest.json").read_text())["provenance"]
+        assert provenance["declared_by"] == "operator"  # the LoRA itself, as PEFT saved it, does not say
         with pytest.raises(AdapterMismatchError) as caught:
             read_adapter(directory, other)
         assert caught.value.reason == "BASE_MISMATCH"
