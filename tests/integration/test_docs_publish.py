@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 from motley_client.child_server import child_server
+from page_runs import blocks, run
 
-PAGE = Path(__file__).parents[2] / "docs" / "publish.md"
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def blocks(language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")) if found == language]
-
-
-async def run(script: str, folder: Path, address: str) -> list[str]:
-    """Run a block of shell as its reader would, and return what it printed, line by line."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "MOTLEY_SERVER": address,
-        "HF_HUB_OFFLINE": "1",
-    }
-    process = await asyncio.create_subprocess_exec(
-        "bash", "-euc", script, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return [line.strip() for line in out.decode().splitlines()]
+PAGE = "publish.md"
 
 
 def test_the_page_runs_as_it_stands_and_each_answer_is_its_versions(tmp_path: Path) -> None:
-    train, from_python = blocks("python")
+    train, from_python = blocks(PAGE, "python")
     (tmp_path / "train.py").write_text(train, encoding="utf-8")
-    training, push, ask, try_out, move, roll_back, rest = blocks("bash")
+    training, push, ask, try_out, move, roll_back, rest = blocks(PAGE, "bash")
 
     async def scenario() -> None:
         arguments = ["--base", "tiny", "--data-dir", str(tmp_path / "data"), "--dtype", "float32"]
