@@ -31,7 +31,7 @@ NO_TRAINER_REASONS = {
     "KMGT",  # of sizes
     "UNSPECIFIED",  # of enums
     "SC_PAGE_SIZE",  # of the machine
-    "RANK_TOO_LARGE", "NO_ANSWERS",  # the server's too
+    "RANK_TOO_LARGE", "NO_ANSWERS", "REQUEST_ID_REUSED", "UPLOAD_EXISTS",  # the server's too
 }  # fmt: skip
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment
