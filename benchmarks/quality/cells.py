@@ -42,14 +42,20 @@ def parse_options(doc: str | None) -> argparse.Namespace:
 
 
 def measure_cells(
-    cells: Sequence[Cell], measure: Callable[[Cell, int], Row], options: argparse.Namespace
+    cells: Sequence[Cell],
+    measure: Callable[[Cell, int], Row],
+    options: argparse.Namespace,
+    *,
+    is_alone: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure all cells, and return each with what it gave: by name, a figure for every seed, in their order.
 
-    Semantics: `measure` runs in processes of their own, which begin with those of the first cells.
+    Semantics: `measure` runs in processes of their own, which begin with those of the first cells; where `is_alone`,
+    every cell and seed in one of its own.
     """
     began, rows = time.monotonic(), {}
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1 if is_alone else None) as pool:
         started = {
             pool.submit(measure, cell, seed): (place, seed)
             for place, cell in enumerate(cells)

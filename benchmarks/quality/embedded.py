@@ -56,11 +56,19 @@ def draw_texts(seed: int, *, learned_letters: int, held_out_letters: int, words_
     return Texts(tuple(learned), tuple(held_out), words)
 
 
-def draw_lines(seed: int, skill: str, *, num_learned: int, num_asked: int) -> tuple[list[Line], list[Line]]:
-    """Draw lines of one skill as a training job reads them: to learn from, and as many words to be asked about."""
-    rng = random.Random(f"lines {seed} {skill}")
-    learned = [_sample(skill, draw_word(rng, held=False)) for _ in range(num_learned)]
-    return learned, ask(skill, _held_out_words(rng, num_asked))
+def draw_lines(seed: int, skill: str, count: int, *, known_every: int = 0) -> list[Line]:
+    """Draw lines of a skill to learn from, as a training job reads them.
+
+    Semantics: where `known_every` is not 0, one line in so many is of a skill that the base knows.
+    """
+    rng, known = random.Random(f"lines {seed} {skill} {known_every}"), cycle(KNOWN)
+    skills = (next(known) if known_every and place % known_every == 0 else skill for place in range(count))
+    return [_sample(drawn, draw_word(rng, held=False)) for drawn in skills]
+
+
+def draw_asked(seed: int, skill: str, count: int) -> list[Line]:
+    """Draw lines of a skill to be asked about, of different words that no line to learn from may have."""
+    return ask(skill, _held_out_words(random.Random(f"asked {seed} {skill}"), count))
 
 
 def ask(skill: str, words: Iterable[str]) -> list[Line]:

@@ -42,16 +42,16 @@ class Reading:
             raise IncompleteResultError(f"{self._name} has no {key}")
         return self._content[key]
 
-    def figures(self, cell: Any, figure: str) -> Sequence[float]:
-        """Return what a cell gave, seed by seed.
+    def figures(self, cell: Any, figure: str, *, part: str = "cells", num: int = len(SEEDS)) -> Sequence[float]:
+        """Return what a cell of a part gave, seed by seed.
 
-        Raises: IncompleteResultError if there is no such cell, or not a number for every seed.
+        Raises: IncompleteResultError if there is no such cell, or not a number for every one of `num` seeds.
         """
         wanted = asdict(cell)
-        found = [row for row in self["cells"] if wanted.items() <= row.items()]
+        found = [row for row in self[part] if wanted.items() <= row.items()]
         if len(found) != 1:
             raise IncompleteResultError(f"{self._name} has {len(found)} rows of {cell}")
         values = found[0].get(figure, [])
-        if len(values) != len(SEEDS):
-            raise IncompleteResultError(f"{self._name} has {len(values)} of {len(SEEDS)} seeds' {figure} of {cell}")
+        if len(values) != num:
+            raise IncompleteResultError(f"{self._name} has {len(values)} of {num} seeds' {figure} of {cell}")
         return [float(value) for value in values]

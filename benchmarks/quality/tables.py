@@ -34,6 +34,11 @@ def perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
+def loss(value: float) -> str:
+    """Write a loss, with the digits that it is good for."""
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
 def percent(value: float) -> str:
     """Write a share."""
     return f"{value:.1%}"
@@ -47,3 +52,8 @@ def times(value: float) -> str:
 def number(value: float) -> str:
     """Write a count, or the mean of counts."""
     return f"{value:,.0f}"
+
+
+def megabytes(value: float) -> str:
+    """Write an amount of memory, in millions of bytes."""
+    return f"{value / 1e6:,.1f} MB"

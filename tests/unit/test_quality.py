@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +13,9 @@ from architectures import build_checkpoint
 from motley_bases.prune_manifest import LayerKeep
 from motley_trainer.pruning.iterative import Pruned
 from pruned_bases import GROUPED_KEEPS, prune_checkpoint
+from quality_scripts import HOUSE, RESULTS, imported, row, write_changed
 
-HOUSE = Path(__file__).resolve().parents[2]
-RESULTS = HOUSE / "benchmarks" / "results"
 MODULES = ("claims", "costs", "embedded", "page", "pruning", "pruning_plan", "readings")
-FOLDERS = (HOUSE / "benchmarks", HOUSE / "recipes")
 RANDOM, FIRST = (
     {"cut": "quarter_ends_whole", "criterion": name, "recovered": False} for name in ("random", "param_first")
 )
@@ -27,38 +23,14 @@ RANDOM, FIRST = (
 
 @pytest.fixture(scope="module")
 def quality() -> Iterator[SimpleNamespace]:
-    """Import the modules as the scripts do, and forget them and all that they found beside them."""
-    path, before = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(HOUSE / "benchmarks" / "quality"))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path[:] = path
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and any(Path(file).is_relative_to(folder) for folder in FOLDERS):
-                del sys.modules[name]
+    with imported(*MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
     """Copy the result files with one of them changed."""
-
-    def change(edit: Callable[[dict[str, Any]], object]) -> Path:
-        for path in RESULTS.glob("quality_*.json"):
-            content = json.loads(path.read_text())
-            if path.stem == "quality_pruning":
-                edit(content)
-            (tmp_path / path.name).write_text(json.dumps(content))
-        return tmp_path
-
-    return change
-
-
-def row(content: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the first row with these values."""
-    found: dict[str, Any] = next(row for row in content["cells"] if wanted.items() <= row.items())
-    return found
+    return lambda edit: write_changed(tmp_path, "quality_pruning", edit)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

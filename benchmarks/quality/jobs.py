@@ -1,0 +1,100 @@
+"""Training jobs as a worker would run them, but in this process, and samples as a job reads them.
+
+Owns the folder of a job and nothing of what a job does: data, steps, gate and adapter are the trainer's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from costs import CPU
+from embedded import BASE, Line
+from motley_bases.checkpoint import resolve_base
+from motley_trainer.dataset_lines import read_passages
+from motley_trainer.job import run
+from motley_trainer.job_base import JobBase, load_job_base
+from motley_trainer.job_files import Result
+from motley_trainer.samples import Sample, encode_passages
+from motley_trainer.spec import OverLength
+from transformers import PreTrainedTokenizerBase
+
+DTYPE = "float32"
+MAX_LENGTH = 512  # tokens, the base's context
+
+
+@cache
+def open_base() -> JobBase:
+    """Load the embedded base as jobs do, once in a process, to measure adapters on."""
+    torch.set_num_threads(1)
+    return load_job_base(resolve_base(BASE), name=BASE, dtype=DTYPE, device=CPU, quantization="none")
+
+
+def run_job(
+    spec: Mapping[str, Any],
+    learned: Iterable[Line],
+    asked: Iterable[Line],
+    adapter: Path,
+    apart_from: Sequence[Path] = (),
+) -> Result:
+    """Train an adapter, and keep its directory.
+
+    Semantics: `spec` is the JSON of a TrainingSpec without its datasets: what is learned, and what the gate measures.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder)
+        for place, other in enumerate(apart_from):
+            shutil.copytree(other, job / "adapters" / str(place))
+        data = {
+            "dataset": write_dataset(job / "data", learned),
+            "gate": {"dataset": write_dataset(job / "data", asked)},
+        }
+        request = {
+            "job_id": "job-0",
+            "spec": {**spec, **data},
+            "base": str(resolve_base(BASE)),
+            "base_name": BASE,
+            "dtype": DTYPE,
+            "served_quantization": "none",
+            "device": "cpu",
+        }
+        (job / "job.json").write_text(json.dumps(request))
+        result = run(job, lambda event: None)
+        shutil.move(job / "adapter", adapter)
+    return result
+
+
+def write_dataset(folder: Path, lines: Iterable[Line]) -> str:
+    """Write lines under their digest, and return it."""
+    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{digest}.jsonl").write_bytes(content)
+    return f"sha256:{digest}"
+
+
+def read_samples(lines: Iterable[Line], tokenizer: PreTrainedTokenizerBase) -> tuple[Sample, ...]:
+    """Return lines as a job makes samples of them, whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        digest = write_dataset(Path(folder), lines)
+        path = Path(folder, f"{digest.removeprefix('sha256:')}.jsonl")
+        passages = read_passages(path, digest, tokenizer, "dataset")
+        encoded = encode_passages(
+            passages, tokenizer, max_length=MAX_LENGTH, over_length=OverLength.REFUSE, field="dataset"
+        )
+    return encoded.samples
+
+
+def num_parameters(adapter: Path) -> int:
+    """Return how many numbers an adapter's directory holds; which channels they belong to is not among them."""
+    files = list(adapter.glob("*.safetensors"))
+    tensors = (tensor for file in files for tensor in safetensors.torch.load_file(file).values())
+    return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
