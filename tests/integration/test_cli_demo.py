@@ -237,7 +237,7 @@ def test_the_real_demo_keeps_every_promise_and_leaves_nothing_running(tmp_path: 
     assert not any(str(tmp_path).encode() in command for command in commands)
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["nf4", pytest.param("int8", marks=pytest.mark.soak)])
 def test_the_demo_keeps_its_promises_over_a_quantized_base(tmp_path: Path, quantize: str) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
     status, output, errors = run_demo(environment, "--quantize", quantize)
