@@ -1,4 +1,4 @@
-"""A job's process without a model, by the contract of `python -m motley_trainer.job`: `fake_job.py MODE DIRECTORY`.
+"""A job's process without a model, by the contract of `python -m motley_trainer.job.run`: `fake_job.py MODE DIRECTORY`.
 
 MODE says what becomes of it: `passes`, `rejects`, `fails`, `mumbles` why it failed, `dies` (each time, after a
 checkpoint), `dies-once`, `crashes` (with a traceback, at exit code 1), `babbles` lines that mean nothing before it

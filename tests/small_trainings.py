@@ -12,15 +12,15 @@ import torch
 from adapter_files import spec_of
 from architectures import build_model
 from motley_bases.spec import BaseSpec
-from motley_trainer.captured import buffers_of
-from motley_trainer.checkpoint import Checkpoint, Checkpoints
-from motley_trainer.data import DataReport, TrainingData
-from motley_trainer.loop import Training, train
+from motley_trainer.data.samples import Sample
+from motley_trainer.data.training_data import DataReport, TrainingData
+from motley_trainer.job.captured import buffers_of
+from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.job.loop import Training, train
+from motley_trainer.job.reporting import Reporter
 from motley_trainer.methods import method_of
 from motley_trainer.methods.method import Attached, Context
-from motley_trainer.reporting import Reporter
-from motley_trainer.samples import Sample
-from motley_trainer.spec import LoraSettings, OptimizerSettings, TrainingMethod, TrainingSpec
+from motley_trainer.spec.settings import LoraSettings, OptimizerSettings, TrainingMethod, TrainingSpec
 from transformers import PreTrainedModel
 
 VOCABULARY = 60

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +47,7 @@ from motley_bases.quantization import (
     settle,
     stored_quantization,
 )
+from motley_bases.spec import BaseSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,13 +57,40 @@ __all__ = ["load_base", "resolve_base"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class PlainBase:
+    """A base whose Linears are its own: probed and described, frozen and in evaluation mode."""
+
+    spec: BaseSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
 def load_base(
     directory: Path, *, dtype: str, device: torch.device, quantize: str = AUTO, cache_directory: Path | None = None
 ) -> Base:
-    """Load, probe and describe a base, and put adapter sites in place.
+    """Load, probe and describe a base, and put adapter sites in place: as `load_plain_base`, for a server."""
+    plain = load_plain_base(directory, dtype=dtype, device=device, quantize=quantize, cache_directory=cache_directory)
+    sites = attach(plain.model, plain.spec)
+    if can_pack(device, plain.model.dtype):
+        pack_linears(plain.model)
+    return Base(plain.spec, plain.model, plain.tokenizer, sites)
+
+
+def load_plain_base(
+    directory: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    quantize: str = AUTO,
+    name: str = "",
+    cache_directory: Path | None = None,
+) -> PlainBase:
+    """Load, probe and describe a base.
 
     Semantics: dtype is auto, float32, bfloat16 or float16; auto is the checkpoint's own (see `choose_dtype`).
-    quantize is auto, none, nf4 or int8; auto is as the checkpoint is stored. `cache_directory` remembers fingerprints.
+    quantize is auto, none, nf4 or int8; auto is as the checkpoint is stored. Without a `name` it has its directory's.
+    `cache_directory` remembers fingerprints.
     Raises: UnreadableBaseError if the checkpoint is broken; UnsupportedBaseError if it would be served wrongly, with
     the config field at fault.
     """
@@ -71,7 +99,7 @@ def load_base(
     config = read_parsed_config(directory)
     check_config(config)
     stored_generation = read_generation(directory)
-    stored = stored_quantization(getattr(config, "quantization_config", None))
+    stored = stored_quantization(getattr(config, CONFIG_FIELD, None))
     quantization = choose_quantization(quantize, stored)
     digest = resolve_fingerprint(directory, fingerprint(directory, cache_directory=cache_directory), stored)
     manifest = read_bound_manifest(directory, config, digest)
@@ -79,14 +107,9 @@ def load_base(
     model = load_model(directory, choose_dtype(dtype, directory, config, device), device, quantization)
     register_attention()
     report = probe(model)
-    spec = describe(model, tokenizer, report, stored_generation, name=directory.name, fingerprint=digest)
-    spec = replace(
-        spec, quantization=quantization, pruned_from=None if manifest is None else manifest.original_fingerprint
-    )
-    sites = attach(model, spec)
-    if can_pack(device, model.dtype):
-        pack_linears(model)
-    return Base(spec, model, tokenizer, sites)
+    spec = describe(model, tokenizer, report, stored_generation, name=name or directory.name, fingerprint=digest)
+    pruned_from = None if manifest is None else manifest.original_fingerprint
+    return PlainBase(replace(spec, quantization=quantization, pruned_from=pruned_from), model, tokenizer)
 
 
 def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

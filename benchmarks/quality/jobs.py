@@ -19,12 +19,13 @@ import torch
 from costs import CPU
 from embedded import BASE, Line
 from motley_bases.checkpoint import resolve_base
-from motley_trainer.dataset_lines import read_passages
-from motley_trainer.job import run
-from motley_trainer.job_base import JobBase, load_job_base
-from motley_trainer.job_files import Result
-from motley_trainer.samples import Sample, encode_passages
-from motley_trainer.spec import OverLength
+from motley_bases.loader import PlainBase
+from motley_trainer.data.lines import read_passages
+from motley_trainer.data.samples import Sample, encode_passages
+from motley_trainer.job.base import load_job_base
+from motley_trainer.job.files import Result
+from motley_trainer.job.run import run
+from motley_trainer.spec.settings import OverLength
 from transformers import PreTrainedTokenizerBase
 
 DTYPE = "float32"
@@ -32,7 +33,7 @@ MAX_LENGTH = 512  # tokens, the base's context
 
 
 @cache
-def open_base() -> JobBase:
+def open_base() -> PlainBase:
     """Load the embedded base as jobs do, once in a process, to measure adapters on."""
     torch.set_num_threads(1)
     return load_job_base(resolve_base(BASE), name=BASE, dtype=DTYPE, device=CPU, quantization="none")

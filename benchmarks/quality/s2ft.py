@@ -25,8 +25,8 @@ from cells import Row, measure_cells, parse_options, write
 from embedded import NUM_SKILLS, Line, ask, draw_asked, draw_lines, draw_texts
 from jobs import num_parameters, open_base, read_samples, run_job
 from motley_adapters.reader import inspect_adapter, read_adapter
-from motley_trainer.evaluation import mean_loss, measure
-from motley_trainer.samples import Sample
+from motley_trainer.data.samples import Sample
+from motley_trainer.job.evaluation import mean_loss, measure
 from wearing import wear
 
 Trials = Sequence[Mapping[str, Any]]

@@ -31,13 +31,14 @@ from costs import CPU
 from embedded import BASE
 from kept_tensors import kept_tensors
 from motley_bases.checkpoint import resolve_base
-from motley_trainer.batches import Batch, summed_loss
-from motley_trainer.job_base import JobBase, load_job_base
-from motley_trainer.loop import set_training
+from motley_bases.loader import PlainBase
+from motley_trainer.data.batches import Batch, summed_loss
+from motley_trainer.job.base import load_job_base
+from motley_trainer.job.loop import set_training
 from motley_trainer.methods.lora import Lora
 from motley_trainer.methods.method import Attached, Context
 from motley_trainer.methods.s2ft import S2ft
-from motley_trainer.spec import LoraSettings, S2ftSettings
+from motley_trainer.spec.settings import LoraSettings, S2ftSettings
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -108,7 +109,7 @@ def measure_on(device: torch.device, cell: plan.Cell, seed: int, checkpoint: Pat
     }
 
 
-def attach(base: JobBase, cell: plan.Cell, seed: int) -> list[nn.Parameter]:
+def attach(base: PlainBase, cell: plan.Cell, seed: int) -> list[nn.Parameter]:
     """Make a base one that is trained by a method, and return what is trained.
 
     Semantics: where nothing is, gradients go through the base all the same, from its first layer on.

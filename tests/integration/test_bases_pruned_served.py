@@ -18,7 +18,7 @@ from motley_adapters.reader import read_adapter
 from motley_bases.fingerprint import fingerprint
 from motley_bases.kv_cache import KVCache, bytes_per_block
 from motley_bases.loader import load_base
-from motley_trainer.quantize import quantize_base
+from motley_trainer.bases.quantize import quantize_base
 from packed_passes import run_packed
 from peft_adapters import generate, greedy_answers, make_adapter
 from pruned_bases import GROUPED_KEEPS, MULTI_HEAD_KEEPS, Keeps, load, prune_checkpoint, zero_checkpoint

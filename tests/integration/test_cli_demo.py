@@ -138,7 +138,7 @@ def test_an_adapter_that_cannot_be_cut_is_named_with_what_was_said(environment: 
     ("base", "arguments"), [("", ""), ("nf4", "--quantize nf4"), ("int8", "--quantize int8"), ("pruned", "--pruned")]
 )
 def test_make_demo_hands_the_base_that_is_asked_for_over_to_the_command(base: str, arguments: str) -> None:
-    command = ["make", "--dry-run", "demo", f"BASE={base}"]
+    command = ["make", "--no-print-directory", "--dry-run", "demo", f"BASE={base}"]
     printed = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1].split() == [".venv/bin/motley", "demo", *arguments.split()]
 

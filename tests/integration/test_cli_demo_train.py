@@ -252,7 +252,7 @@ def test_make_and_the_command_line_lead_here(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(demo_train, "run_demo_train", lambda: 3)
     assert CliRunner().invoke(cli.app, ["demo-train"]).exit_code == 3
     for command, last in (("demo-train", ".venv/bin/motley demo-train"), ("help", None)):
-        made = ["make", *(("--dry-run",) if last else ()), command]
+        made = ["make", "--no-print-directory", *(("--dry-run",) if last else ()), command]
         printed = subprocess.run(made, cwd=HOUSE, capture_output=True, text=True, check=True).stdout
         assert printed.splitlines()[-1] == last if last else "  make demo-train Start a server and a" in printed
 

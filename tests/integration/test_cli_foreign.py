@@ -39,7 +39,7 @@ def site(tmp_path: Path) -> Path:
     declared.mkdir()
     (declared / "METADATA").write_text("Metadata-Version: 2.1\nName: another-motley\nVersion: 1.0\n")
     (declared / "entry_points.txt").write_text(
-        "[motley.commands]\nserve = motley_server.commands:serve\nworker = motley_trainer.commands:worker\n"
+        "[motley.commands]\nserve = motley_server.commands:serve\nworker = motley_trainer.commands.base:worker\n"
     )
     return tmp_path
 

@@ -19,7 +19,7 @@ from motley_client import demo_child, demo_scene
 from motley_client.demo_child import DemoError
 from motley_client.demo_scene import KINDS_ON_PRUNED, Scene, find_calibration, pruned_scene
 from motley_client.demo_wave import BASE_SKILL, SKILLS, WORD
-from motley_trainer.commands import base
+from motley_trainer.commands.base import base
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 

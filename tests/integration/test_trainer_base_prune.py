@@ -20,9 +20,9 @@ from motley_bases.prune_manifest import FIRST_RULE, read_prune_manifest
 from motley_bases.pruned import decoder_shape
 from motley_bases.pruned_geometry import PruneRule, num_parameters
 from motley_client.cli import app
-from motley_trainer import commands_prune
+from motley_trainer.commands import prune as commands_prune
 from motley_trainer.errors import TrainerError
-from motley_trainer.outputs import new_directory
+from motley_trainer.files.outputs import new_directory
 from motley_trainer.pruning import prune as module
 from motley_trainer.pruning.aggregation import Aggregation
 from motley_trainer.pruning.counting import CountingRule

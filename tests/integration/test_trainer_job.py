@@ -21,14 +21,14 @@ from job_folders import TINY, make_job, reversals, write_dataset
 from motley_adapters.reader import read_adapter
 from motley_bases.base import Base
 from motley_bases.loader import load_base
-from motley_trainer.data import read_data
+from motley_trainer.data.training_data import read_data
 from motley_trainer.errors import CheckpointError, DataError, OutputError, SettingsError, TrainerError
-from motley_trainer.evaluation import mean_loss
-from motley_trainer.job import run
-from motley_trainer.job_base import load_job_base
-from motley_trainer.job_files import JobFiles, Result
-from motley_trainer.job_process import exit_as_told
-from motley_trainer.reporting import JobCancelledError
+from motley_trainer.job.base import load_job_base
+from motley_trainer.job.evaluation import mean_loss
+from motley_trainer.job.files import JobFiles, Result
+from motley_trainer.job.process import exit_as_told
+from motley_trainer.job.reporting import JobCancelledError
+from motley_trainer.job.run import run
 from safetensors.torch import load_file
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from motley_bases.checkpoint import resolve_base
 from motley_bases.errors import BaseError
 from motley_bases.loader import load_base
 from motley_bases.stored_spec import read_spec
-from motley_trainer.quantize import quantize_base
+from motley_trainer.bases.quantize import quantize_base
 from pruned_bases import GROUPED_KEEPS, prune_checkpoint
 
 

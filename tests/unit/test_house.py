@@ -46,6 +46,10 @@ VIOLATIONS = {
     "the trainer imports the server": Violation(
         "chain", {f"{TRAINER}/__init__.py": "from motley_server.errors import MotleyError"}
     ),
+    "a worker imports a job": Violation("trainer", {f"{TRAINER}/worker/planted.py": "import motley_trainer.job.run"}),
+    "a method imports a job": Violation("trainer", {f"{TRAINER}/methods/planted.py": "import motley_trainer.job.loop"}),
+    "a module of the trainer lies beside the layers": Violation("trainer", {f"{TRAINER}/planted.py": ""}),
+    "the trainer imports grpc": Violation("wire", {f"{TRAINER}/worker/planted.py": "import grpc"}),
     "the server imports the client": Violation(
         "server-without-client", {"server/motley_server/planted.py": "import motley_client"}
     ),

@@ -10,8 +10,8 @@ from motley_adapters.errors import AdapterError
 from motley_adapters.reader import read_adapter
 from motley_bases.errors import BaseError
 from motley_bases.stored_spec import read_spec
-from motley_trainer.carry import recover_directory, restrict_directory
-from motley_trainer.commands import base as base_command
+from motley_trainer.bases.carry import recover_directory, restrict_directory
+from motley_trainer.commands.base import base as base_command
 from motley_trainer.errors import OutputError
 from peft_adapters import make_adapter
 from pruned_bases import GROUPED_KEEPS, prune_checkpoint

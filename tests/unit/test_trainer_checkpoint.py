@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from motley_trainer.checkpoint import Checkpoint, Checkpoints
-from motley_trainer.durable import sweep, write_folder, write_json
 from motley_trainer.errors import CheckpointError, OutputError
-from motley_trainer.reporting import JobCancelledError
-from motley_trainer.spec import LoraSettings, OptimizerSettings, Schedule
+from motley_trainer.files.durable import sweep, write_folder, write_json
+from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.job.reporting import JobCancelledError
+from motley_trainer.spec.settings import LoraSettings, OptimizerSettings, Schedule
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_trainings import BINDING, SmallTraining, stop_after
@@ -104,7 +104,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
 
     monkeypatch.setattr(Path, "mkdir", watched("mkdir", Path.mkdir))
     monkeypatch.setattr(Path, "write_text", watched("write_text", Path.write_text))
-    monkeypatch.setattr("motley_trainer.checkpoint.save_file", watched("save_file", save_file))
+    monkeypatch.setattr("motley_trainer.job.checkpoint.save_file", watched("save_file", save_file))
     monkeypatch.setattr(os, "fsync", watched("fsync", os.fsync))
     monkeypatch.setattr(os, "replace", watched("replace", os.replace))
     monkeypatch.setattr(shutil, "rmtree", watched("rmtree", shutil.rmtree))
@@ -227,7 +227,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    "call", ["os.fsync", "os.replace", "pathlib.Path.mkdir", "motley_trainer.checkpoint.save_file"]
+    "call", ["os.fsync", "os.replace", "pathlib.Path.mkdir", "motley_trainer.job.checkpoint.save_file"]
 )
 @pytest.mark.parametrize(
     ("error", "reason"),

@@ -9,12 +9,12 @@ import pytest
 import torch
 from architectures import BOS_ID, EOS_ID, make_tokenizer
 from job_folders import reversals, write_dataset
-from motley_trainer.batches import NOT_LEARNED, collate
-from motley_trainer.data import TrainingData, batches_of, read_data
-from motley_trainer.dataset_lines import read_passages
+from motley_trainer.data.batches import NOT_LEARNED, collate
+from motley_trainer.data.lines import read_passages
+from motley_trainer.data.samples import Sample, encode, encode_passages
+from motley_trainer.data.training_data import TrainingData, batches_of, read_data
 from motley_trainer.errors import DataError, SettingsError
-from motley_trainer.samples import Sample, encode, encode_passages
-from motley_trainer.spec import GateSettings, LoraSettings, OverLength, TrainingMethod, TrainingSpec
+from motley_trainer.spec.settings import GateSettings, LoraSettings, OverLength, TrainingMethod, TrainingSpec
 from transformers import PreTrainedTokenizerFast
 
 TOKENIZERS = ("byte_level", "metaspace")

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import EOS_ID, build_model, make_tokenizer
-from motley_trainer.data import batches_of
+from motley_trainer.data.samples import Sample
+from motley_trainer.data.training_data import batches_of
 from motley_trainer.errors import DataError, DivergedError
-from motley_trainer.evaluation import (
+from motley_trainer.job.evaluation import (
     MAX_ANSWERED,
     Evaluation,
     Verdict,
@@ -24,8 +25,7 @@ from motley_trainer.evaluation import (
     measure,
     until_end,
 )
-from motley_trainer.samples import Sample
-from motley_trainer.spec import GateSettings
+from motley_trainer.spec.settings import GateSettings
 from small_trainings import VOCABULARY, random_data
 from transformers import PreTrainedModel
 

@@ -11,14 +11,15 @@ import torch
 from architectures import build_checkpoint
 from job_folders import make_job
 from motley_bases.errors import UnsupportedBaseError
-from motley_trainer.batches import Batch, summed_loss
+from motley_bases.loader import PlainBase
+from motley_trainer.bases.quantize import quantize_base
+from motley_trainer.data.batches import Batch, summed_loss
 from motley_trainer.errors import SettingsError
-from motley_trainer.job_base import JobBase, load_job_base
-from motley_trainer.job_files import JobFiles
+from motley_trainer.job.base import load_job_base
+from motley_trainer.job.files import JobFiles
 from motley_trainer.methods.lora import Lora
 from motley_trainer.methods.method import Context
-from motley_trainer.quantize import quantize_base
-from motley_trainer.spec import LoraSettings
+from motley_trainer.spec.settings import LoraSettings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ TOKENS = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(
 LEARNED = Batch(TOKENS, torch.ones_like(TOKENS), TOKENS)
 
 
-def load(directory: Path, *, dtype: str = "float32", quantization: str = "none") -> JobBase:
+def load(directory: Path, *, dtype: str = "float32", quantization: str = "none") -> PlainBase:
     return load_job_base(directory, name="named", dtype=dtype, device=torch.device("cpu"), quantization=quantization)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from motley_trainer import loop
-from motley_trainer.batches import summed_loss
-from motley_trainer.checkpoint import Checkpoints
+from motley_trainer.data.batches import summed_loss
 from motley_trainer.errors import DivergedError
-from motley_trainer.reporting import JobCancelledError, Reporter, Step, memory_bytes
-from motley_trainer.spec import LoraSettings, OptimizerSettings, Schedule
+from motley_trainer.job import loop
+from motley_trainer.job.checkpoint import Checkpoints
+from motley_trainer.job.reporting import JobCancelledError, Reporter, Step, memory_bytes
+from motley_trainer.spec.settings import LoraSettings, OptimizerSettings, Schedule
 from small_trainings import BINDING, SmallTraining, stop_after
 from torch import Tensor, nn
 

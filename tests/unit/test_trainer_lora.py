@@ -17,14 +17,14 @@ from applied_adapters import applied
 from architectures import build_checkpoint, build_model
 from motley_adapters.reader import read_adapter
 from motley_bases.loader import load_model
-from motley_trainer.batches import Batch, summed_loss
+from motley_trainer.data.batches import Batch, summed_loss
 from motley_trainer.errors import SettingsError
-from motley_trainer.loop import set_training
+from motley_trainer.job.loop import set_training
+from motley_trainer.job.schedule import rate
 from motley_trainer.methods.lora import AttachedLora, Lora, Target, resolve_targets
 from motley_trainer.methods.lora_linear import LoraLinear
 from motley_trainer.methods.method import Context
-from motley_trainer.schedule import rate
-from motley_trainer.spec import LoraSettings, OptimizerSettings
+from motley_trainer.spec.settings import LoraSettings, OptimizerSettings
 from small_trainings import SPEC, VOCABULARY, SmallTraining, random_data
 from torch import Tensor, nn
 from transformers import PreTrainedModel

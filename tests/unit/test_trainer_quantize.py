@@ -22,9 +22,9 @@ from motley_bases.errors import BaseError
 from motley_bases.fingerprint import fingerprint
 from motley_bases.ledger import Weights, make_ledger
 from motley_bases.loader import load_base, read_parsed_config
-from motley_trainer import quantize as module
+from motley_trainer.bases import quantize as module
+from motley_trainer.bases.quantize import quantize_base
 from motley_trainer.errors import TrainerError
-from motley_trainer.quantize import quantize_base
 from packed_passes import run_packed
 from peft_adapters import make_adapter
 from pruned_bases import GROUPED_KEEPS, prune_checkpoint
@@ -139,7 +139,7 @@ def test_a_quantized_base_a_taken_place_and_an_unknown_method_are_refused(tmp_pa
 
 def test_the_command_tells_its_stages_and_what_became_of_the_base_and_nothing_else(tmp_path: Path) -> None:
     original = build(tmp_path / "base")
-    arguments = [sys.executable, "-c", "from motley_trainer.commands import base; base()"]
+    arguments = [sys.executable, "-c", "from motley_trainer.commands.base import base; base()"]
     arguments += ["quantize", str(original), "--method", "nf4", "--out", str(tmp_path / "out")]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environ, cwd=tmp_path, check=True)

@@ -15,7 +15,7 @@ from architectures import build_checkpoint
 from motley_adapters.reader import read_adapter
 from motley_bases.loader import load_base, load_model
 from motley_bases.spec import BaseSpec
-from motley_trainer.batches import NOT_LEARNED, Batch, summed_loss
+from motley_trainer.data.batches import NOT_LEARNED, Batch, summed_loss
 from motley_trainer.errors import SettingsError, UnsuitableBaseError
 from motley_trainer.methods.channel_linear import ChannelLinear
 from motley_trainer.methods.method import Context
@@ -23,7 +23,7 @@ from motley_trainer.methods.s2ft import AttachedChannels, S2ft
 from motley_trainer.methods.s2ft_scores import score_sites, weight_squares
 from motley_trainer.methods.s2ft_selection import num_items, random_scores, select_items
 from motley_trainer.methods.s2ft_sites import Place, Site, sites_of
-from motley_trainer.spec import ChannelBudget, ChannelOrder, ChannelScore, S2ftSettings
+from motley_trainer.spec.settings import ChannelBudget, ChannelOrder, ChannelScore, S2ftSettings
 from peft_adapters import make_adapter
 from torch import Tensor, nn
 from transformers import PreTrainedModel

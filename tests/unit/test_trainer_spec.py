@@ -9,8 +9,9 @@ import pytest
 from google.protobuf import json_format
 from motley.v1 import training_pb2
 from motley_trainer.errors import SettingsError
-from motley_trainer.schedule import rate, warmup_steps
-from motley_trainer.spec import (
+from motley_trainer.job.schedule import rate, warmup_steps
+from motley_trainer.spec.reading import read_spec
+from motley_trainer.spec.settings import (
     ChannelBudget,
     ChannelOrder,
     ChannelScore,
@@ -24,7 +25,6 @@ from motley_trainer.spec import (
     TrainingSpec,
     derived_seed,
 )
-from motley_trainer.spec_reading import read_spec
 
 DATA = f"sha256:{'a' * 64}"
 OTHER = f"sha256:{'b' * 64}"

@@ -16,7 +16,7 @@ from motley_bases.base_record import BaseRecord, write_base_record
 from motley_bases.checkpoint import resolve_base
 from motley_bases.errors import UnreadableBaseError
 from motley_bases.fingerprint import fingerprint
-from motley_trainer.commands_worker import worker
+from motley_trainer.commands.worker import worker
 from motley_trainer.errors import SettingsError
 from motley_trainer.sizes import parse_size
 from motley_trainer.worker.identity import default_name, identify_base
@@ -112,7 +112,7 @@ def test_a_name_is_the_same_at_each_start_and_one_for_each_directory(
 
 def test_the_worker_needs_no_torch() -> None:
     code = (
-        "import sys, motley_trainer.commands_worker, motley_trainer.worker.supervisor, motley_trainer.worker.identity\n"
+        "import sys, motley_trainer.commands.worker, motley_trainer.worker.supervisor, motley_trainer.worker.identity\n"
         "print(*sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

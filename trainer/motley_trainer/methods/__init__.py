@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from motley_trainer.methods.method import Method
-from motley_trainer.spec import LoraSettings, TrainingSpec
+from motley_trainer.spec.settings import LoraSettings, TrainingSpec
 
 
 def method_of(spec: TrainingSpec) -> Method:

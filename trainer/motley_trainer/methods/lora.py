@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from motley_trainer.errors import SettingsError
 from motley_trainer.methods.lora_linear import LoraLinear
 from motley_trainer.methods.method import Context
-from motley_trainer.spec import LoraSettings, derived_seed
+from motley_trainer.spec.settings import LoraSettings, derived_seed
 
 _DROPS = "dropout_state"
 

@@ -16,7 +16,7 @@ from motley_bases.spec import BaseSpec
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from motley_trainer.batches import Batch
+from motley_trainer.data.batches import Batch
 
 
 @dataclass(frozen=True, eq=False, slots=True)

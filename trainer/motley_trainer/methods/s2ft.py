@@ -25,7 +25,7 @@ from motley_trainer.methods.method import Context
 from motley_trainer.methods.s2ft_scores import score_sites
 from motley_trainer.methods.s2ft_selection import random_scores, select_items
 from motley_trainer.methods.s2ft_sites import Place, Site, sites_of
-from motley_trainer.spec import ChannelScore, S2ftSettings, derived_seed
+from motley_trainer.spec.settings import ChannelScore, S2ftSettings, derived_seed
 
 
 class S2ft:

@@ -19,9 +19,9 @@ from motley_bases.spec import BaseSpec
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from motley_trainer.batches import Batch, summed_loss
+from motley_trainer.data.batches import Batch, summed_loss
 from motley_trainer.methods.s2ft_sites import Place, Site, sites_of
-from motley_trainer.spec import ChannelScore
+from motley_trainer.spec.settings import ChannelScore
 
 UNIT_ROWS = 256  # unit vectors that go through a Linear at once, to learn its weight
 

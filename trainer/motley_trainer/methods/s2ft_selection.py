@@ -15,7 +15,7 @@ from torch import Tensor
 
 from motley_trainer.errors import SettingsError
 from motley_trainer.methods.s2ft_sites import Site
-from motley_trainer.spec import ChannelBudget, ChannelOrder
+from motley_trainer.spec.settings import ChannelBudget, ChannelOrder
 
 Chosen = Mapping[Site, tuple[int, ...]]
 """The items of each site, ascending; a site with none is left out."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from motley_trainer.errors import SettingsError, UnsuitableBaseError
-from motley_trainer.outputs import new_directory
+from motley_trainer.files.outputs import new_directory
 from motley_trainer.progress import Unwatched, Watcher
 from motley_trainer.pruning.iterative import Pruned, prune_in_steps
 from motley_trainer.pruning.perplexity import perplexity
@@ -110,16 +110,6 @@ def prune_base(
         num_unlike_first_order=pruned.num_unlike_first_order,
         recovered=recovered,
     )
-
-
-def parse_device(text: str) -> torch.device:
-    """Read where to compute.
-
-    Raises: SettingsError with reason NO_DEVICE if it is not a device of this machine.
-    """
-    if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
-        return torch.device(text)
-    raise SettingsError(f"{text!r} is no device of this machine", reason="NO_DEVICE", field="device")
 
 
 def _checked_config(directory: Path, settings: PruneSettings) -> PreTrainedConfig:

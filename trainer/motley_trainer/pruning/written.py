@@ -13,7 +13,7 @@ from motley_bases.prune_manifest import PruneManifest, write_prune_manifest
 from motley_bases.pruned import save_pruned
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from motley_trainer.outputs import GENERATION_FILE, TOKENIZER_FILES
+from motley_trainer.files.outputs import GENERATION_FILE, TOKENIZER_FILES
 from motley_trainer.pruning.surgery import shapes_of
 
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from motley_trainer.spec import TrainingMethod
+from motley_trainer.spec.settings import TrainingMethod
 
 METHODS = tuple(str(method) for method in TrainingMethod)
 MAX_RESTARTS = 3  # of a child that died, within one lease

@@ -63,9 +63,10 @@ def prune(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write BASE with whole heads and FFN channels taken out of its layers: a smaller base of its own."""
+    from motley_trainer.device import parse_device
     from motley_trainer.pruning.aggregation import Aggregation
     from motley_trainer.pruning.counting import CountingRule
-    from motley_trainer.pruning.prune import parse_device, prune_base
+    from motley_trainer.pruning.prune import prune_base
     from motley_trainer.pruning.saliency import Criterion
     from motley_trainer.pruning.settings import PruneSettings, RecoverySettings, Selection, parse_layers, parse_ratio
 

@@ -25,7 +25,7 @@ from motley_bases.quantization import CONFIG_FIELD, METHODS
 from transformers import PreTrainedModel
 
 from motley_trainer.errors import SettingsError, UnsuitableBaseError
-from motley_trainer.outputs import GENERATION_FILE, TOKENIZER_FILES, new_directory
+from motley_trainer.files.outputs import GENERATION_FILE, TOKENIZER_FILES, new_directory
 from motley_trainer.progress import Unwatched, Watcher
 
 CPU = torch.device("cpu")

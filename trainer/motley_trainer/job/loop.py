@@ -14,15 +14,15 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from motley_trainer.batches import summed_loss
-from motley_trainer.captured import captured, restore, restore_moments
-from motley_trainer.checkpoint import Checkpoint, Checkpoints
-from motley_trainer.data import TrainingData
+from motley_trainer.data.batches import summed_loss
+from motley_trainer.data.training_data import TrainingData
 from motley_trainer.errors import DivergedError
+from motley_trainer.job.captured import captured, restore, restore_moments
+from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.job.reporting import JobCancelledError, Reporter, Step
+from motley_trainer.job.schedule import rate
 from motley_trainer.methods.method import Attached
-from motley_trainer.reporting import JobCancelledError, Reporter, Step
-from motley_trainer.schedule import rate
-from motley_trainer.spec import TrainingSpec
+from motley_trainer.spec.settings import TrainingSpec
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 from motley_adapters.formats import MANIFEST_FILE
 
-from motley_trainer.durable import sweep, write_folder, write_json
-from motley_trainer.evaluation import Evaluation, Measured
-from motley_trainer.json_fields import JsonFields
-from motley_trainer.spec import TrainingSpec
-from motley_trainer.spec_reading import read_spec
+from motley_trainer.files.durable import sweep, write_folder, write_json
+from motley_trainer.job.evaluation import Evaluation, Measured
+from motley_trainer.spec.json_fields import JsonFields
+from motley_trainer.spec.reading import read_spec
+from motley_trainer.spec.settings import TrainingSpec
 
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4", "int8")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from motley_trainer.checkpoint import Checkpoint
+from motley_trainer.job.checkpoint import Checkpoint
 from motley_trainer.methods.method import Attached
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from motley_trainer.batches import NOT_LEARNED
-from motley_trainer.dataset_lines import Passage
+from motley_trainer.data.batches import NOT_LEARNED
+from motley_trainer.data.lines import Passage
 from motley_trainer.errors import DataError
-from motley_trainer.spec import OverLength
+from motley_trainer.spec.settings import OverLength
 
 
 @dataclass(frozen=True, eq=False, slots=True)

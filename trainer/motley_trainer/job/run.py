@@ -7,7 +7,6 @@ where it was. It reads the base and that folder, writes that folder, and knows n
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,23 +14,22 @@ from pathlib import Path
 
 import torch
 from motley_bases.describe import context_length
-from motley_bases.loader import load_tokenizer, read_parsed_config
+from motley_bases.loader import PlainBase, load_tokenizer, read_parsed_config
 from motley_bases.pruned import register_pruned
 
-from motley_trainer.batches import Batch
-from motley_trainer.captured import buffers_of, restore
-from motley_trainer.checkpoint import Checkpoint, Checkpoints
-from motley_trainer.data import TrainingData, batches_of, read_data
-from motley_trainer.evaluation import Evaluation, Measured, check_gate, judge, measure
-from motley_trainer.job_base import JobBase, load_job_base
-from motley_trainer.job_files import JobFiles, JobRequest, Result
-from motley_trainer.job_process import exit_as_told
-from motley_trainer.loop import Training, train
+from motley_trainer.data.batches import Batch
+from motley_trainer.data.training_data import TrainingData, batches_of, read_data
+from motley_trainer.device import parse_device
+from motley_trainer.job.base import load_job_base
+from motley_trainer.job.captured import buffers_of, restore
+from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.job.evaluation import Evaluation, Measured, check_gate, judge, measure
+from motley_trainer.job.files import JobFiles, JobRequest, Result
+from motley_trainer.job.loop import Training, train
+from motley_trainer.job.reporting import Emit, Reporter
+from motley_trainer.job.schedule import warmup_steps
 from motley_trainer.methods import method_of
 from motley_trainer.methods.method import Attached, Context
-from motley_trainer.pruning.prune import parse_device
-from motley_trainer.reporting import Emit, Reporter
-from motley_trainer.schedule import warmup_steps
 
 
 def run(directory: Path, emit: Emit, should_stop: Callable[[], bool] = lambda: False) -> Result:
@@ -64,7 +62,7 @@ class _Job:
         self._spec = request.spec
         self._reporter = reporter
         self._device = parse_device(request.device)
-        self._base: JobBase | None = None
+        self._base: PlainBase | None = None
 
     def make(self) -> tuple[Evaluation, str]:
         """Train the adapter, measure it and write it; return its evaluation and its digest."""
@@ -93,7 +91,7 @@ class _Job:
         self._reporter.tell("data", data.report.to_json())
         return data
 
-    def _hold(self, quantization: str) -> JobBase:
+    def _hold(self, quantization: str) -> PlainBase:
         """Return the base in a quantization, as it is stored if nothing was attached to it."""
         if self._base is None or self._base.spec.quantization != quantization:
             self._base = None
@@ -129,7 +127,7 @@ class _Job:
         attached = self._attach(base, data, resumed)
         return attached, train(Training(base.model, attached, self._spec, data), checkpoints, resumed, self._reporter)
 
-    def _attach(self, base: JobBase, data: TrainingData, resumed: Checkpoint | None) -> Attached:
+    def _attach(self, base: PlainBase, data: TrainingData, resumed: Checkpoint | None) -> Attached:
         def calibration(count: int) -> list[Batch]:
             samples = data.at(0, min(count, len(data.training)))
             return [batch.to(self._device) for batch in batches_of(samples, self._spec.micro_batch_size)]
@@ -153,7 +151,7 @@ class _Job:
         self._reporter.tell("evaluation", evaluation.to_json())
         return evaluation
 
-    def _measure(self, base: JobBase, data: TrainingData) -> Measured:
+    def _measure(self, base: PlainBase, data: TrainingData) -> Measured:
         ends = base.spec.generation.eos_token_ids
         return measure(
             base.model,
@@ -164,7 +162,7 @@ class _Job:
             on_batch=self._reporter.stop_if_asked,
         )
 
-    def _binding(self, base: JobBase) -> dict[str, str]:
+    def _binding(self, base: PlainBase) -> dict[str, str]:
         """Return what a checkpoint must be of to be gone on from."""
         return {
             "base": base.spec.fingerprint,
@@ -191,7 +189,3 @@ class _Job:
             "evaluation": evaluation.to_json(),
             "versions": {name: version(name) for name in ("motley", "torch", "transformers")},
         }
-
-
-if __name__ == "__main__":
-    sys.exit(exit_as_told(run, sys.argv[1:]))

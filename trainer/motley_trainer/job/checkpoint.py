@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from motley_trainer.durable import sweep, write_folder
 from motley_trainer.errors import CheckpointError
-from motley_trainer.spec_reading import digest_of
+from motley_trainer.files.durable import sweep, write_folder
+from motley_trainer.spec.reading import digest_of
 
 FORMAT = 1
 NUM_KEPT = 2

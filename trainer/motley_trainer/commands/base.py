@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from motley_trainer.commands_carry import recover, restrict
-from motley_trainer.commands_prune import prune
+from motley_trainer.commands.carry import recover, restrict
+from motley_trainer.commands.prune import prune
 
 MIB = 2**20
 
@@ -49,7 +49,7 @@ def quantize(
     """Write BASE with its Linears quantized: a checkpoint that needs no other, and takes BASE's adapters."""
     from motley_bases.checkpoint import resolve_base
 
-    from motley_trainer.quantize import quantize_base
+    from motley_trainer.bases.quantize import quantize_base
 
     written = quantize_base(resolve_base(name), method, out, watcher=StageLines())
     shrunk = f"{written.original_bytes / MIB:.1f} MiB of weights became {written.stored_bytes / MIB:.1f}"
@@ -68,7 +68,7 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what fits into memory: BASE, keys and values, and adapters. Reads no weights."""
-    from motley_trainer.plan import Question, make_plan, parse_size, plan_lines
+    from motley_trainer.bases.plan import Question, make_plan, parse_size, plan_lines
 
     question = Question(name, parse_size(memory), dtype, quantize, device, context)
     if rank:

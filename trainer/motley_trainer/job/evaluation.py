@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motley_trainer.batches import summed_loss
-from motley_trainer.data import batches_of
+from motley_trainer.data.batches import summed_loss
+from motley_trainer.data.samples import Sample
+from motley_trainer.data.training_data import batches_of
 from motley_trainer.errors import DataError, DivergedError
-from motley_trainer.samples import Sample
-from motley_trainer.spec import GateSettings
+from motley_trainer.spec.settings import GateSettings
 
 MAX_ANSWERED = 100  # held-out samples that are answered; the loss is of all
 MAX_BATCH_SIZE = 16

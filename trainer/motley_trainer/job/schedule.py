@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from motley_trainer.errors import SettingsError
-from motley_trainer.spec import OptimizerSettings, Schedule
+from motley_trainer.spec.settings import OptimizerSettings, Schedule
 
 WARMUP_SHARE = 10  # one step in so many
 MAX_WARMUP_STEPS = 100

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from motley_trainer.batches import Batch, collate
-from motley_trainer.dataset_lines import read_passages
+from motley_trainer.data.batches import Batch, collate
+from motley_trainer.data.lines import read_passages
+from motley_trainer.data.samples import Encoded, Sample, encode_passages
 from motley_trainer.errors import DataError, SettingsError
-from motley_trainer.samples import Encoded, Sample, encode_passages
-from motley_trainer.spec import TrainingSpec, derived_seed
+from motley_trainer.spec.settings import TrainingSpec, derived_seed
 
 HELD_OUT_SHARE = 10  # one sample in so many
 MAX_HELD_OUT = 200

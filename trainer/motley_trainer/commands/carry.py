@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from motley_trainer.carry import Carried
+    from motley_trainer.bases.carry import Carried
 
 OriginalOption = Annotated[
     str, typer.Option(metavar="BASE", help="The base that was pruned: a directory, or its name.")
@@ -29,7 +29,7 @@ def restrict(
     out: OutOption,
 ) -> None:
     """Cut ADAPTER, made for a base, down to what its pruned copy keeps."""
-    from motley_trainer.carry import restrict_directory
+    from motley_trainer.bases.carry import restrict_directory
 
     typer.echo(_line(restrict_directory(adapter, original, pruned, out)))
 
@@ -43,7 +43,7 @@ def recover(
     out: OutOption,
 ) -> None:
     """Bring ADAPTER, trained on a pruned copy, to the original's shapes: a LoRAM adapter."""
-    from motley_trainer.carry import recover_directory
+    from motley_trainer.bases.carry import recover_directory
 
     typer.echo(_line(recover_directory(adapter, original, pruned, out)))
 

@@ -20,7 +20,7 @@ from motley_adapters.errors import AdapterError
 from motley_bases.errors import BaseError
 
 from motley_trainer.errors import TrainerError
-from motley_trainer.reporting import Emit, JobCancelledError
+from motley_trainer.job.reporting import Emit, JobCancelledError
 
 DONE, FAILED, CANCELLED, DIED = 0, 1, 3, 70
 

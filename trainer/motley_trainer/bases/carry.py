@@ -15,7 +15,7 @@ from motley_bases.prune_manifest import PruneManifest, read_prune_manifest
 from motley_bases.spec import BaseSpec
 from motley_bases.stored_spec import read_spec
 
-from motley_trainer.outputs import new_directory
+from motley_trainer.files.outputs import new_directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 
-from motley_trainer.json_fields import JsonFields
-from motley_trainer.spec import (
+from motley_trainer.spec.json_fields import JsonFields
+from motley_trainer.spec.settings import (
     ChannelBudget,
     ChannelOrder,
     ChannelScore,
