@@ -61,9 +61,10 @@ check: install $(PROTOS_INSTALLED) ## Format, lint, types, import contracts, pro
 	.ci/check_protos.sh
 	$(BIN)/hadolint Dockerfile
 
-# Many tests wait for processes and timers, so two share two cores well; the tests of a file stay together, and share its fixtures.
+# Many tests wait for processes and timers, so two share two cores well; the tests of a file stay together, and share its fixtures. The long ones are
+# among the files of few tests, which xdist by itself would leave for the end, where one core idles.
 test: install ## The tests; those of the kernels, and of Triton's interpreter, in processes of their own
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/integration tests/unit
 	$(BIN)/python -m pytest tests/kernels
 	$(BIN)/python -m pytest tests/kernels_triton
 
@@ -74,7 +75,7 @@ bench: install ## The measurements on this machine, beside their peers
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v '_gpu\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 # A subject is one script there; `make quality-page` measures nothing, and writes the page from the result files as they are.
-quality: install ## Measure what the methods' claims come to on the embedded base, and write docs/quality.md; a quarter of an hour
+quality: install ## Measure what the methods' claims come to on the embedded base, and write docs/quality.md, which says how long that took
 	@for script in $$(grep -l __main__ benchmarks/quality/*.py | grep -v '/page\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
 	$(BIN)/python benchmarks/quality/page.py
 

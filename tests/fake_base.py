@@ -31,6 +31,7 @@ def note() -> None:
 def prune(
     name: str,
     ratio: Annotated[str, typer.Option()],
+    layers: Annotated[str, typer.Option()],
     windows: Annotated[int, typer.Option()],
     calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Option()],

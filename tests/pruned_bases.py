@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,20 @@ def shapes_of(model: PreTrainedModel, keeps: Keeps) -> PrunedShapes:
 def make_manifest(original_fingerprint: str, keeps: Keeps, num_parameters: int = 1, **fields: Any) -> PruneManifest:
     """Make a manifest that says these were drawn at random."""
     told: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "original_fingerprint": original_fingerprint,
         "layers": tuple(keeps),
+        "ratio": Fraction(1, 4),
+        "steps": 1,
+        "multiple": 1,
+        "rule": "llm-pruner",
         "criterion": "random",
         "aggregation": "sum",
         "selection": "local",
         "protected": (0, 0),
         "calibration_sha256": None,
         "calibration_tokens": 0,
+        "calibration_window": 0,
         "seed": 0,
         "num_parameters": num_parameters,
     }

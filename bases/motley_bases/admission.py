@@ -5,25 +5,30 @@ Knows configs, not models; what only a forward pass can show is the probe's. Pur
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from motley_bases.errors import UnsupportedBaseError
+from motley_bases.config_sizes import LARGEST_SIZES, quoted, size_faults, stored_size_faults
+from motley_bases.errors import UnreadableBaseError, UnsupportedBaseError
 from motley_bases.quantization import quantization_faults
 
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+LARGEST_ROPE_FACTOR = 2**20
 MULTIMODAL_FIELDS = ("vision_config", "audio_config", "speech_config", "text_config")
 
 
 def check_stored_config(stored: Mapping[str, object]) -> None:
-    """Refuse what transformers could not even parse without running foreign code.
+    """Refuse what transformers could not even parse without running foreign code, and sizes that are none.
 
-    Raises: UnsupportedBaseError.
+    Raises: UnsupportedBaseError; UnreadableBaseError with reason BROKEN_CONFIG and the field.
     """
     model_type = stored.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        for field, sentence in stored_size_faults(stored, CONFIG_MAPPING[model_type].attribute_map):
+            raise _broken(model_type, field, sentence)
         return
     if "auto_map" in stored:
         raise UnsupportedBaseError(
@@ -41,11 +46,14 @@ def check_stored_config(stored: Mapping[str, object]) -> None:
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse a model whose config says that packed, paged serving would change its answers.
 
-    Raises: UnsupportedBaseError with the field at fault.
+    Raises: UnsupportedBaseError with the field at fault; UnreadableBaseError with reason BROKEN_CONFIG and the field
+    for numbers that no model has.
     """
     name = str(config.model_type)
     for field, reason, sentence in _faults(config):
         raise UnsupportedBaseError(f"{name} cannot be served: {sentence}", reason=reason, field=field)
+    for field, sentence in itertools.chain(size_faults(config), _number_faults(config)):
+        raise _broken(name, field, sentence)
 
 
 def declared_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
@@ -67,6 +75,10 @@ def rope_parameters(config: PreTrainedConfig) -> Iterator[Mapping[str, object]]:
         yield from nested
     elif settings:
         yield settings
+
+
+def _broken(model_type: str, field: str, sentence: str) -> UnreadableBaseError:
+    return UnreadableBaseError(f"{model_type} cannot be served: {sentence}", reason="BROKEN_CONFIG", field=field)
 
 
 def _faults(config: PreTrainedConfig) -> Iterator[tuple[str, str, str]]:
@@ -107,3 +119,19 @@ def _attention_faults(config: PreTrainedConfig) -> Iterator[tuple[str, str, str]
         yield "is_causal", "NOT_CAUSAL", "its attention is not causal"
     if getattr(config, "use_bidirectional_attention", None):
         yield "use_bidirectional_attention", "NOT_CAUSAL", "its attention looks at later tokens"
+
+
+def _number_faults(config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
+    """Yield (field, sentence) of every window and stretch of positions that no model has."""
+    for window in declared_windows(config):
+        if window is not None and window < 1:
+            yield "sliding_window", f"its sliding_window is {quoted(window)}, and a token sees at least itself"
+    longest = LARGEST_SIZES["max_position_embeddings"]
+    for settings in rope_parameters(config):
+        factor, length = settings.get("factor"), settings.get("original_max_position_embeddings")
+        if isinstance(factor, int | float) and not 0 < factor <= LARGEST_ROPE_FACTOR:
+            sentence = f"its RoPE factor is {quoted(factor)}, not above 0 and up to {LARGEST_ROPE_FACTOR}"
+            yield "rope_parameters.factor", sentence
+        if isinstance(length, int) and not 1 <= length <= longest:
+            field = "original_max_position_embeddings"
+            yield f"rope_parameters.{field}", f"its {field} is {quoted(length)}, not from 1 to {longest}"

@@ -23,8 +23,12 @@ def find_base(name: str) -> Path:
 
     Raises: UnreadableBaseError if there is no such directory, or it is an adapter's, or has no config.
     """
-    directory = Path(__file__).parent / "assets" / name if name in EMBEDDED_BASES else Path(name).expanduser()
-    if not directory.is_dir():
+    try:
+        directory = Path(__file__).parent / "assets" / name if name in EMBEDDED_BASES else Path(name).expanduser()
+        is_there = directory.is_dir()
+    except (OSError, RuntimeError) as error:  # a name longer than names may be, or ~ of nobody
+        raise _unreadable(f"no base at {name[:100]}: {error}", "NO_SUCH_BASE") from error
+    if not is_there:
         known = ", ".join(EMBEDDED_BASES)
         raise _unreadable(f"no base at {directory}: neither a directory nor an embedded base ({known})", "NO_SUCH_BASE")
     if (directory / "adapter_config.json").exists():
@@ -94,7 +98,9 @@ def _read_object(path: Path, missing_reason: str) -> Mapping[str, object]:
         raise _unreadable(f"{path.parent} has no {path.name}", missing_reason)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise _unreadable(f"{path} cannot be read: {error.strerror}", "BROKEN_JSON") from error
+    except (ValueError, RecursionError) as error:  # the latter where lists lie in lists, thousands deep
         raise _unreadable(f"{path} is not JSON: {error}", "BROKEN_JSON") from error
     if not isinstance(content, dict):
         raise _unreadable(f"{path} is not a JSON object", "BROKEN_JSON")

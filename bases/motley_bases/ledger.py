@@ -23,6 +23,7 @@ from motley_bases.kv_cache import bytes_per_token
 from motley_bases.packing import can_pack, packing_blocks
 from motley_bases.pruned import read_pruned_shapes, register_pruned
 from motley_bases.quantization import CONFIG_FIELD, NONE, is_linear, linear_bytes
+from motley_bases.refusing import refusing
 from motley_bases.spec import LayerSpec
 
 
@@ -95,13 +96,16 @@ def attention_layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
 
 
 def outline_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the model that a config describes, without memory for its weights."""
+    """Build the model that a config describes, without memory for its weights.
+
+    Raises: UnreadableBaseError with reason MODEL_CONSTRUCTION if transformers cannot.
+    """
     register_pruned()
     plain = copy.deepcopy(config)
     plain._attn_implementation = "eager"
-    with torch.device("meta"):
+    with torch.device("meta"), refusing(f"a {config.model_type} cannot be built of this config", "MODEL_CONSTRUCTION"):
         model = cast(Any, AutoModelForCausalLM).from_config(plain, dtype=dtype)
-    model.tie_weights()
+        model.tie_weights()
     return cast(PreTrainedModel, model)
 
 

@@ -6,8 +6,6 @@ It reads local safetensors only and never runs a checkpoint's own code. Runs onc
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +25,7 @@ from motley_bases.admission import check_config, check_stored_config
 from motley_bases.attention import register_attention
 from motley_bases.base import Base
 from motley_bases.base_record import resolve_fingerprint
-from motley_bases.checkpoint import read_config, resolve_base, weight_files
+from motley_bases.checkpoint import has_weights, read_config, resolve_base, weight_files
 from motley_bases.describe import describe
 from motley_bases.errors import UnreadableBaseError, UnsupportedBaseError
 from motley_bases.fingerprint import fingerprint, stored_dtypes
@@ -47,7 +45,9 @@ from motley_bases.quantization import (
     settle,
     stored_quantization,
 )
+from motley_bases.refusing import refusing
 from motley_bases.spec import BaseSpec
+from motley_bases.weight_formats import check_row_by_row
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -136,17 +136,25 @@ def choose_dtype(dtype: str, directory: Path, config: PreTrainedConfig, device: 
 def stored_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype:
     """Return the dtype that the config names, or else the one most of the stored bytes have.
 
-    Raises: UnsupportedBaseError for one that cannot be computed with.
+    Raises: UnsupportedBaseError for one that cannot be computed with, or if nothing tells.
     """
-    chosen = config.dtype
+    chosen = told = config.dtype
     if chosen is None:
+        if not has_weights(directory):
+            raise _no_dtype(
+                f"{directory / 'config.json'} names no dtype, and no weights lie beside it to tell: "
+                f"name one of {', '.join(DTYPES)}"
+            )
         stored = stored_dtypes(weight_files(directory))
-        chosen = STORED_DTYPES.get(max(stored, key=stored.__getitem__))
+        told = max(stored, key=stored.__getitem__, default=None)
+        chosen = STORED_DTYPES.get(str(told))
     if chosen not in DTYPES.values():
-        raise UnsupportedBaseError(
-            f"the checkpoint's dtype {chosen} is none of {', '.join(DTYPES)}", reason="DTYPE", field="dtype"
-        )
+        raise _no_dtype(f"the checkpoint's dtype {told} is none of {', '.join(DTYPES)}")
     return cast(torch.dtype, chosen)
+
+
+def _no_dtype(message: str) -> UnsupportedBaseError:
+    return UnsupportedBaseError(message, reason="DTYPE", field="dtype")
 
 
 def read_parsed_config(directory: Path) -> PreTrainedConfig:
@@ -154,7 +162,7 @@ def read_parsed_config(directory: Path) -> PreTrainedConfig:
 
     Raises: UnreadableBaseError with reason BROKEN_CONFIG.
     """
-    with _refusing(f"{directory / 'config.json'} is refused by transformers", "BROKEN_CONFIG"):
+    with refusing(f"{directory / 'config.json'} is refused by transformers", "BROKEN_CONFIG"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int | None):  # the one number the checks need whose type transformers leaves open
@@ -171,7 +179,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     Raises: UnreadableBaseError with reason BROKEN_TOKENIZER or NO_TOKENIZER.
     """
-    with _refusing(f"the tokenizer in {directory} cannot be read", "BROKEN_TOKENIZER"):
+    with refusing(f"the tokenizer in {directory} cannot be read", "BROKEN_TOKENIZER"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UnreadableBaseError(f"the tokenizer in {directory} is not a fast one", reason="NO_TOKENIZER")
@@ -181,7 +189,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device, quantization: str) -> PreTrainedModel:
     """Read the weights onto a device, quantize them if asked to, and insist that they are exactly the model's.
 
-    Raises: UnreadableBaseError for other weights; UnsupportedBaseError if what quantizes is not installed.
+    Raises: UnreadableBaseError for other weights; UnsupportedBaseError if what quantizes is not installed, or for INT8
+    weights in another order than row by row.
     """
     keywords: dict[str, object] = {}
     if quantization != NONE:
@@ -190,7 +199,9 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, quanti
         keywords["device_map"] = {"": device}
         if CONFIG_FIELD not in read_config(directory):
             keywords["quantization_config"] = quantizer_config(quantization, dtype)
-    with without_progress_bars(), _refusing(f"{directory} cannot be built into a model", "MODEL_CONSTRUCTION"):
+        elif quantization == "int8":
+            check_row_by_row(weight_files(directory))
+    with without_progress_bars(), refusing(f"{directory} cannot be built into a model", "MODEL_CONSTRUCTION"):
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             directory,
             dtype=dtype,
@@ -216,15 +227,3 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, quanti
         nn.Module.to(model, device)
     model.train(False).requires_grad_(False)
     return cast(PreTrainedModel, model)
-
-
-@contextmanager
-def _refusing(what: str, reason: str) -> Iterator[None]:
-    """Turn whatever a library raises over a checkpoint's files into a refusal that quotes it on one line."""
-    try:
-        yield
-    # What a wrong value makes foreign code trip over is of no fixed type: KeyError, ZeroDivisionError, AssertionError
-    # and plain Exception all occur.
-    except Exception as error:
-        quoted = " ".join(str(error).split())
-        raise UnreadableBaseError(f"{what}: {type(error).__name__}: {quoted}", reason=reason) from error

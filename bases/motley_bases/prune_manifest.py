@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 from motley_bases.checkpoint import has_weights
@@ -18,14 +19,13 @@ from motley_bases.errors import UnreadableBaseError
 from motley_bases.fingerprint import fingerprint
 
 MANIFEST_FILE = "prune_manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_LAYERS = 4096
 MAX_CHANNELS = 2**31 - 1
 
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
-FIRST_RULE = "llm-pruner"  # of counting; a manifest that names none was made under it
-
 _WORD = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_FRACTION = re.compile(r"[1-9][0-9]{0,18}/[1-9][0-9]{0,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,31 +41,35 @@ class PruneManifest:
     """What was kept of an original base, and how that was chosen.
 
     Semantics: a layer is None where it was left whole; `protected` counts the layers that were not to be touched at the
-    beginning and at the end. `rule` tells by whose rules the share that went was rounded to heads and channels. A
-    criterion that reads no text has no calibration and 0 tokens. `recovery` is the digest of the adapter that was
-    merged into the pruned weights. `pruned_fingerprint` is that of the weights it lies beside; None where there are
-    none.
+    beginning and at the end. `ratio` is the share that was asked for, exactly, in `steps` equal parts; `rule` tells by
+    whose rules it was rounded to heads and channels, and `multiple` what FFN widths are multiples of. A criterion that
+    reads no text has no calibration, 0 tokens and windows of 0. `recovery` is the digest of the adapter that was merged
+    into the pruned weights, None where none was. `pruned_fingerprint` is that of the weights it lies beside; None where
+    there are none.
     Raises: UnreadableBaseError with reason PRUNE_MANIFEST, and the field, for a value that cannot be.
     """
 
     schema_version: int
     original_fingerprint: str
     layers: tuple[LayerKeep | None, ...]
+    ratio: Fraction
+    steps: int
+    multiple: int
+    rule: str
     criterion: str
     aggregation: str
     selection: str
     protected: tuple[int, int]
     calibration_sha256: str | None
     calibration_tokens: int
+    calibration_window: int
     seed: int
     num_parameters: int
     recovery: str | None = None
     pruned_fingerprint: str | None = None
-    rule: str = FIRST_RULE
 
     def __post_init__(self) -> None:
-        if type(self.schema_version) is not int or self.schema_version != SCHEMA_VERSION:
-            raise broken("schema_version", f"is {_show(self.schema_version)}, and only {SCHEMA_VERSION} is understood")
+        _check_version(self.schema_version)
         _check_digest("original_fingerprint", self.original_fingerprint)
         for name in ("criterion", "aggregation", "selection", "rule"):
             value = getattr(self, name)
@@ -74,12 +78,21 @@ class PruneManifest:
         for name in ("calibration_sha256", "recovery", "pruned_fingerprint"):
             if getattr(self, name) is not None:
                 _check_digest(name, getattr(self, name))
-        for name, low in (("calibration_tokens", 0), ("seed", 0), ("num_parameters", 1)):
+        if not isinstance(self.ratio, Fraction) or not 0 < self.ratio < 1:
+            raise broken("ratio", f"is {_show(self.ratio)}, not a fraction between 0 and 1")
+        counts = {"steps": 1, "multiple": 1, "calibration_tokens": 0, "calibration_window": 0, "seed": 0}
+        for name, low in (counts | {"num_parameters": 1}).items():
             _check_count(name, getattr(self, name), low)
-        if (self.calibration_sha256 is None) != (self.calibration_tokens == 0):
-            raise broken("calibration_tokens", "and calibration_sha256 do not say the same: a text has tokens")
+        self._check_calibration()
         _check_layers(self.layers)
         self._check_protected()
+
+    def _check_calibration(self) -> None:
+        if (self.calibration_sha256 is None) != (self.calibration_tokens == 0):
+            raise broken("calibration_tokens", "and calibration_sha256 do not say the same: a text has tokens")
+        window, tokens = self.calibration_window, self.calibration_tokens
+        if (tokens == 0) != (window == 0) or (window and tokens % window):
+            raise broken("calibration_window", f"is {window}, and {tokens} tokens are not windows of as many")
 
     def _check_protected(self) -> None:
         if not isinstance(self.protected, tuple) or len(self.protected) != 2:
@@ -115,11 +128,13 @@ def read_prune_manifest(directory: Path) -> PruneManifest:
         raise broken(None, f"is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise broken(None, "is not a JSON object")
+    if "schema_version" in content:
+        _check_version(content["schema_version"])  # first of all: what other fields there are depends on it
     known = [field.name for field in fields(PruneManifest)]
     for name in [*content, *known]:
         if name not in known:
             raise broken(name, "is not a field of this schema version")
-        if name not in content and name != "rule":
+        if name not in content:
             raise broken(name, "is missing")
     layers = content["layers"]
     if not isinstance(layers, list):
@@ -127,6 +142,7 @@ def read_prune_manifest(directory: Path) -> PruneManifest:
     content["layers"] = tuple(_parse_layer(layer, value) for layer, value in enumerate(layers))
     if isinstance(content["protected"], list):
         content["protected"] = tuple(content["protected"])
+    content["ratio"] = _parse_ratio(content["ratio"])
     return PruneManifest(**content)
 
 
@@ -169,9 +185,17 @@ def _to_json(manifest: PruneManifest) -> dict[str, object]:
         for kept in manifest.layers
     ]
     content["protected"] = list(manifest.protected)
-    if manifest.rule == FIRST_RULE:
-        del content["rule"]  # there was no other at first, and digests of such manifests must stand
+    content["ratio"] = str(manifest.ratio)
     return content
+
+
+def _parse_ratio(value: object) -> Fraction:
+    """Read "13/20"; what is not in lowest terms is refused, so that a manifest has one digest."""
+    if isinstance(value, str) and _FRACTION.fullmatch(value):
+        numerator, _, denominator = value.partition("/")
+        if str(ratio := Fraction(int(numerator), int(denominator))) == value:
+            return ratio
+    raise broken("ratio", f"is {_show(value)}, not a fraction in lowest terms, such as 1/4")
 
 
 def _parse_layer(layer: int, value: object) -> LayerKeep | None:
@@ -203,6 +227,12 @@ def _check_kept(name: str, kept: tuple[int, ...]) -> None:
         if type(index) is not int or not previous < index <= MAX_CHANNELS:
             raise broken(name, f"has {_show(index)} after {previous}: whole numbers from 0 on must ascend")
         previous = index
+
+
+def _check_version(value: object) -> None:
+    if type(value) is not int or value != SCHEMA_VERSION:
+        known = f"only {SCHEMA_VERSION} is understood: prune the original again"
+        raise broken("schema_version", f"is {_show(value)}, and {known}")
 
 
 def _check_digest(name: str, value: object) -> None:

@@ -1,6 +1,6 @@
 """Quantized Linears: which ways there are, what a checkpoint says of them, and what a loaded model is held to.
 
-The arithmetic is bitsandbytes', put in place by transformers' own quantizer; both are imported on use. Embeddings and
+The weights are bitsandbytes', put in place by transformers' own quantizer; both are imported on use. Embeddings and
 lm_head stay whole. Knows modules and configs, nothing of adapters. Runs on the thread that loads the base.
 """
 
@@ -25,7 +25,7 @@ BLOCK_SCALES = 256  # scales that share a scale of their own
 NEEDED_PACKAGES = ("bitsandbytes", "accelerate")
 METHOD_OF_CLASS = {
     "Linear4bit": "nf4",
-    "UnalignedLinear4bit": "nf4",
+    "ServedLinear4bit": "nf4",
     "Linear8bitLt": "int8",
     "ServedLinear8bit": "int8",
 }
@@ -138,11 +138,11 @@ def settle(model: PreTrainedModel, method: str, dtype: torch.dtype) -> None:
 
     Effects: must come before the first forward pass. What a stored checkpoint holds in another type than `dtype` is
     held in that from now on, for transformers leaves it as it was stored. Without all this, bitsandbytes rounds NF4
-    scales to bfloat16 in place on CPUs that multiply bfloat16, after which nothing can be saved or trained, and INT8
-    rounds activations.
+    scales to bfloat16 in place on CPUs that multiply bfloat16, after which nothing can be saved or trained, takes
+    another NF4 product on CUDA as a batch grows, and rounds activations for INT8.
     Raises: UnreadableBaseError for a tensor of a wrong shape or type, or scales that are no NF4 of ours.
     """
-    from motley_bases.served_linears import ServedLinear8bit, UnalignedLinear4bit
+    from motley_bases.served_linears import ServedLinear4bit, ServedLinear8bit
 
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -153,11 +153,8 @@ def settle(model: PreTrainedModel, method: str, dtype: torch.dtype) -> None:
             raise _broken(path, f"is stored as {found}, and the checkpoint says {method}")
         if method == "nf4":
             _check_nf4(path, linear)
-            linear.support_avx512bf16_for_cpu = False
-            linear.compute_dtype, linear.compute_type_is_set = dtype, True
-            linear.weight.quant_state.dtype = dtype  # what the weight is expanded to, before it meets its inputs
-            if linear.in_features % BLOCK_WEIGHTS and linear.weight.device.type == "cpu":
-                linear.__class__ = UnalignedLinear4bit  # the same state; only the product is another
+            linear.weight.quant_state.dtype = dtype  # what the weight is expanded to, and its inputs are taken for
+            linear.__class__ = ServedLinear4bit  # the same state; only the product is another
         else:
             _check_int8(path, linear)
             linear.__class__ = ServedLinear8bit

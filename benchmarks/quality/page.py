@@ -6,7 +6,7 @@ makes a section of what it reads there; another that draws it, if there is somet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from claims import RULE
@@ -27,7 +27,7 @@ HEAD = (
     paragraph(
         """What papers claim of the methods in this repository, and what came of each claim here. This page is written
         by `make quality-page` from the result files in `benchmarks/results`, and by no hand; `make quality` measures
-        them anew first, which takes a quarter of an hour on two idle cores."""
+        all of them anew first."""
     ),
     paragraph(
         """Everything was measured on the small language model that is a part of this repository, trained from nothing
@@ -40,8 +40,17 @@ HEAD = (
 
 def render(results: Path = RESULTS) -> str:
     """Return the page. Raises: IncompleteResultError where a figure is not there."""
-    sections = (section(Reading.open(results, name)) for name, section in SECTIONS.items())
-    return "\n\n".join([*HEAD, *sections]) + "\n"
+    readings = {name: Reading.open(results, name) for name in SECTIONS}
+    sections = (section(readings[name]) for name, section in SECTIONS.items())
+    return "\n\n".join([*HEAD, _time(readings), *sections]) + "\n"
+
+
+def _time(readings: Mapping[str, Reading]) -> str:
+    """Write what the measurements took, as far as the result files say."""
+    minutes = {name: reading["setting"].get("minutes") for name, reading in readings.items()}
+    told = [f"`{name}` {taken:.0f} minutes" for name, taken in minutes.items() if taken is not None]
+    told += [f"`{name}` a time that was not recorded" for name, taken in minutes.items() if taken is None]
+    return paragraph(f"Each file took, on the machine that its section names: {'; '.join(told)}.")
 
 
 def main() -> None:

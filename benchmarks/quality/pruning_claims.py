@@ -8,56 +8,62 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from claims import Claim, Finding
-from pruning_plan import ENDS_WHOLE, MAIN, Cell
-from pruning_tables import gone, shares_unlike
+from pruning_plan import CUTS, ENDS_WHOLE, LOCAL, MAIN, Cell
+from pruning_tables import gone, shares_unlike, title
 from readings import Reading
 from tables import percent, perplexity, times
 
 FEWER = 0.01  # of the groups that go
+OTHER_CUTS = tuple(cut for cut in CUTS if cut not in ENDS_WHOLE)
 
 
 def list_claims(reading: Reading) -> list[Claim]:
-    """List the claims, ready to be judged."""
+    """List the claims, ready to be judged, where the paper looked: with the ends whole, unless they say otherwise."""
     return [
-        *_order_claims(reading),
-        *_task_claims(reading),
+        *_order_claims(reading, ENDS_WHOLE),
+        _mixed_claim(reading),
+        *_task_claims(reading, ENDS_WHOLE),
         *_place_claims(reading),
         *_recovery_claims(reading),
     ]  # fmt: skip
 
 
-def _order_claims(reading: Reading) -> list[Claim]:
+def list_claims_elsewhere(reading: Reading) -> list[Claim]:
+    """List the claims that one criterion is better than another, at all cuts where the paper did not look."""
+    return [*_order_claims(reading, OTHER_CUTS), *_task_claims(reading, OTHER_CUTS)]
+
+
+def _order_claims(reading: Reading, cuts: Sequence[str]) -> list[Claim]:
     orders = (
         ("param_first", "random", "19.09 against 27.51"),
         ("random", "l2", "27.51 against 582.41"),
+        ("param_first", "l2", "19.09 against 582.41"),
         ("param_first", "vector", "19.09 against 22.28"),
         ("param_first", "param_second", "19.09 against 19.77"),
+        ("param_first", "l1", "no figure"),
     )
+    return [
+        Claim(f"`{one}` costs less than `{other}`", paper, _sides(reading, cuts, one, other, "perplexity"), perplexity)
+        for one, other, paper in orders
+    ]
+
+
+def _mixed_claim(reading: Reading) -> Claim:
     mixed = [
         Finding(gone(reading, cut), shares := shares_unlike(reading, Cell(cut, "param_mix")), [FEWER] * len(shares))
         for cut in ENDS_WHOLE
     ]
-    return [
-        *(
-            Claim(f"`{one}` costs less than `{other}`", paper, _sides(reading, one, other, "perplexity"), perplexity)
-            for one, other, paper in orders
-        ),
-        Claim(
-            f"`param_mix` takes what `param_first` takes, but for less than {FEWER:.0%}",
-            "reported of its code",
-            mixed,
-            percent,
-        ),
-    ]
+    said = f"`param_mix` takes what `param_first` takes, but for less than {FEWER:.0%}"
+    return Claim(said, "reported of its code", mixed, percent)
 
 
-def _task_claims(reading: Reading) -> list[Claim]:
+def _task_claims(reading: Reading, cuts: Sequence[str]) -> list[Claim]:
     orders = (("param_first", "random", "56.69 against 52.69"), ("random", "l2", "52.69 against 42.65"))
     return [
         Claim(
             f"`{one}` answers more than `{other}`",
             paper,
-            _sides(reading, one, other, "skills"),
+            _sides(reading, cuts, one, other, "skills"),
             percent,
             is_below=False,
         )
@@ -115,10 +121,15 @@ def _recovery_claims(reading: Reading) -> list[Claim]:
     return [*claims, Claim(said, "1.26 against 3.19, to `vector`", gaps, perplexity)]
 
 
-def _sides(reading: Reading, one: str, other: str, figure: str) -> list[Finding]:
+def _sides(reading: Reading, cuts: Sequence[str], one: str, other: str, figure: str) -> list[Finding]:
+    """Return both sides at those of the cuts where both were measured."""
+    both = [cut for cut in cuts if cut in LOCAL or {one, other} <= set(MAIN)]
     return [
-        Finding(gone(reading, cut), *(reading.figures(Cell(cut, name), figure) for name in (one, other)))
-        for cut in ENDS_WHOLE
+        Finding(
+            gone(reading, cut) if cut in ENDS_WHOLE else title(reading, cut),
+            *(reading.figures(Cell(cut, name), figure) for name in (one, other)),
+        )
+        for cut in both
     ]
 
 

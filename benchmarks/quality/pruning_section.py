@@ -8,9 +8,9 @@ from __future__ import annotations
 from statistics import fmean
 
 from claims import claims_table
-from pruning_claims import list_claims
-from pruning_plan import ENDS_WHOLE, LOCAL, NUM_WINDOWS, Cell
-from pruning_tables import choices_table, cuts_table, figures_table, gone, recovery_table
+from pruning_claims import list_claims, list_claims_elsewhere
+from pruning_plan import ACROSS, ENDS_WHOLE, LOCAL, MAIN, NUM_WINDOWS, Cell
+from pruning_tables import choices_table, cuts_table, figures_table, gone, heads_gone, recovery_table
 from readings import Reading
 from tables import paragraph, perplexity
 
@@ -22,6 +22,9 @@ def pruning_section(reading: Reading) -> str:
         _opening(reading),
         claims_table(list_claims(reading)),
         _reading_the_claims(reading),
+        "### Other cuts",
+        _elsewhere(reading),
+        claims_table(list_claims_elsewhere(reading)),
         "### What was cut",
         cuts_table(reading),
         _sizes(reading),
@@ -41,6 +44,8 @@ def pruning_section(reading: Reading) -> str:
             windows were read, those {NUM_WINDOWS} are among them."""
         ),
         choices_table(reading),
+        "### What this cannot tell",
+        _limits(reading),
     ])  # fmt: skip
 
 
@@ -60,9 +65,28 @@ def _reading_the_claims(reading: Reading) -> str:
         f"""The paper's figures are of LLaMA-7B with 20% of its parameters gone and its ends whole: perplexity on
         WikiText-2 in windows of 128 tokens, and the mean over seven tasks. In place of the tasks stand the skills that
         the base knows, each answer right as a whole or wrong. Unless a claim says otherwise it was looked at with the
-        ends whole, as in the paper, at {quarter} and at {half} of the parameters gone; the tables have the other cuts.
-        Where all answers are right on both sides, nothing can be decided."""
+        ends whole, as in the paper, at {quarter} and at {half} of the parameters gone. Where all answers are right on
+        both sides, nothing can be decided."""
     )
+
+
+def _elsewhere(reading: Reading) -> str:
+    heads = "; ".join(
+        f"at {gone(reading, cut)} "
+        + ", ".join(f"`{name}` {_reach(heads_gone(reading, Cell(cut, name)))}" for name in MAIN)
+        for cut in ACROSS
+    )
+    return paragraph(
+        f"""What was claimed of one criterion and another, at the other cuts: in every layer, the ends too, and across
+        layers, where three of the criteria were measured. Across layers a criterion also chooses
+        how many key-value heads go: {heads}. A head is many channels, so what differs there is not the order within a
+        layer alone."""
+    )
+
+
+def _reach(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _sizes(reading: Reading) -> str:
@@ -102,4 +126,17 @@ def _recovery(reading: Reading) -> str:
         such windows therefore helps the whole base too, from {before} to {after}: what recovery gives back has to be
         read beside the first line here. The claims do so: pruned over the whole base, recovered over the whole base
         with the same training."""
+    )
+
+
+def _limits(reading: Reading) -> str:
+    num = len(reading["seeds"])
+    return paragraph(
+        f"""There is one base: the {num} seeds are {num} texts, and draws from them, not {num} models. All text comes
+        from one generator. Recovery trains on text like that which perplexity is then measured on: how a recovered
+        base does on other text is not known. Calibration and evaluation are not alike: half of what is calibrated on
+        are skill lines, in which the loss, and so every gradient, also counts the word that is asked about, which the
+        base never learned to predict; perplexity is of prose alone. If two sides differed by luck alone, a claim would
+        be held in up to 3 cases of 16, and reversed in as many; some
+        of so many lines will be."""
     )

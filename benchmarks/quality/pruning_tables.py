@@ -9,6 +9,7 @@ from pruning_plan import CRITERIA, CUTS, ENDS_WHOLE, LOCAL, MAIN, MORE_WINDOWS, 
 from readings import Reading
 from tables import number, percent, perplexity, spread, table
 
+SIZES = ("parameters", "kv_heads", "ffn_channels")
 FORMS: dict[str, Callable[[float], str]] = {"perplexity": perplexity, "skills": percent}
 
 
@@ -29,11 +30,23 @@ def shares_unlike(reading: Reading, cell: Cell) -> list[float]:
     return [unlike / all_gone for unlike, all_gone in pairs]
 
 
+def heads_gone(reading: Reading, cell: Cell) -> list[int]:
+    """Return, seed by seed, how many key-value heads went: what went in parameters, but for the channels among them."""
+    whole, channels, both = (reading["costs"][name] for name in ("whole", "quarter", "half"))
+    lost = {name: [whole[name] - cut[name] for cut in (channels, both)] for name in SIZES}
+    of_channel = lost["parameters"][0] / lost["ffn_channels"][0]
+    of_head = (lost["parameters"][1] - of_channel * lost["ffn_channels"][1]) / lost["kv_heads"][1]
+    pairs = zip(reading.figures(cell, "parameters"), reading.figures(cell, "gone"), strict=True)
+    return [
+        round((whole["parameters"] - left - of_channel * groups) / (of_head - of_channel)) for left, groups in pairs
+    ]
+
+
 def cuts_table(reading: Reading) -> str:
     """Write what each cut leaves, in parameters, heads, channels, bytes and FLOPs."""
     rows = []
     for name, cost in {name: reading["costs"][name] for name in ("whole", *CUTS)}.items():
-        counts = [cost[what] for what in ("parameters", "kv_heads", "ffn_channels")]
+        counts = [cost[what] for what in SIZES]
         counts += [cost[what][kind] for what in ("bytes", "flops") for kind in ("measured", "predicted")]
         told = ["none", ""] if name == "whole" else [title(reading, name), _flags(name)]
         rows.append([*told, *map(number, counts)])

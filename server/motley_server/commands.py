@@ -23,7 +23,9 @@ def serve(
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Answer gRPC here.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help='Show /metrics here; "" is nowhere.')] = None,
     data_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Keep what the server remembers here.")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="float32|bfloat16|auto", help="Compute in this type.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Compute in this type.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(metavar="auto|none|nf4|int8", help="Hold the Linears so.")] = None,
     auth: Annotated[bool | None, typer.Option("--auth/--no-auth", help="Demand a key of every caller.")] = None,
     tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Show this certificate (PEM).")] = None,

@@ -83,11 +83,14 @@ def test_the_scene_serves_the_copy_and_what_was_cut_to_it(scene: Scene, told: li
     copy, adapters = base_of(scene), adapters_of(scene)
     assert copy.name == "tiny-pruned"
     assert scene.base_fingerprint == fingerprint(copy)
-    assert read_prune_manifest(copy).original_fingerprint == fingerprint(resolve_base("tiny"))
+    manifest = read_prune_manifest(copy)
+    assert manifest.original_fingerprint == fingerprint(resolve_base("tiny"))
+    kept = {layer: (len(keep.kv_heads), len(keep.ffn_channels)) for layer, keep in enumerate(manifest.layers) if keep}
+    assert kept == {3: (1, 256)}, "one of two heads, half of the channels"
     assert list(adapters) == list(scene.kinds) == list(KINDS_ON_PRUNED)
     assert {folder.parent for folder in adapters.values()} == {copy.parent}
     assert scene.server_arguments[-2:] == ("--quantize", "nf4")
-    assert told[1].startswith("3,198,720 parameters became 2,608,896 (81.6%)")
+    assert told[1].startswith("3,198,720 parameters became 3,002,112 (93.9%)")
     assert told[1].endswith(scene.base_fingerprint.removeprefix("sha256:")[:8])
     assert max(map(len, (*told, f"starting a server with {scene.summary} ..."))) <= 80
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,18 +17,19 @@ from motley_bases.base import Base
 from motley_bases.errors import BaseError
 from motley_bases.fingerprint import fingerprint
 from motley_bases.loader import load_base
-from motley_bases.prune_manifest import FIRST_RULE, read_prune_manifest
+from motley_bases.prune_manifest import read_prune_manifest
 from motley_bases.pruned import decoder_shape
 from motley_bases.pruned_geometry import PruneRule, num_parameters
 from motley_client.cli import app
 from motley_trainer.commands import prune as commands_prune
+from motley_trainer.device import parse_device
 from motley_trainer.errors import TrainerError
 from motley_trainer.files.outputs import new_directory
 from motley_trainer.pruning import prune as module
 from motley_trainer.pruning.aggregation import Aggregation
 from motley_trainer.pruning.counting import CountingRule
 from motley_trainer.pruning.perplexity import perplexity
-from motley_trainer.pruning.prune import PruneReport, parse_device, prune_base
+from motley_trainer.pruning.prune import PruneReport, prune_base
 from motley_trainer.pruning.saliency import Criterion
 from motley_trainer.pruning.settings import PruneSettings, RecoverySettings, Selection
 from motley_trainer.pruning.texts import read_windows
@@ -117,9 +119,12 @@ def test_the_report_and_the_manifest_say_what_was_done(house: Path) -> None:
     assert (manifest.protected, manifest.seed, manifest.recovery) == ((1, 1), 5, None)
     assert manifest.layers[0] is manifest.layers[2] is None
     assert (manifest.criterion, manifest.aggregation, manifest.selection) == ("param_first", "sum", "local")
-    assert manifest.rule == FIRST_RULE == CountingRule.LLM_PRUNER
+    assert (manifest.ratio, manifest.steps, manifest.multiple) == (Fraction(1, 2), 1, 1)
+    assert manifest.rule == CountingRule.LLM_PRUNER
     digest = hashlib.sha256((house / "calibration.txt").read_bytes()).hexdigest()
     assert (manifest.calibration_sha256, manifest.calibration_tokens) == (f"sha256:{digest}", 64)
+    assert manifest.calibration_window == 16
+    assert report.ratio_asked == report.ratio_gone == Fraction(1, 2)
     evaluation = read_windows(
         house / "evaluation.txt", AutoTokenizer.from_pretrained(house / "base"), 16, field="evaluation"
     ).windows
@@ -146,6 +151,27 @@ def test_a_recovery_is_merged_stored_and_a_base_of_its_own(house: Path) -> None:
     assert manifest.recovery == report.recovered.digest
     assert manifest.layers == read_prune_manifest(house / "out").layers
     assert load(house / "recovered").spec.fingerprint == report.fingerprint
+
+
+def test_a_recovery_of_which_nothing_was_merged_leaves_no_trace(house: Path) -> None:
+    without = make(house)
+    settings = replace(SETTINGS, recovery=RecoverySettings(steps=2, learning_rate=1e-30))
+    report = make(house, settings, "unrecovered")
+    assert report.recovered is not None
+    assert (report.recovered.best_step, report.perplexity_recovered) == (0, None)
+    assert read_prune_manifest(house / "unrecovered").recovery is None
+    assert report.fingerprint == without.fingerprint
+
+
+def test_a_global_pruning_in_whole_multiples_reports_how_near_it_came(house: Path) -> None:
+    settings = PruneSettings(Fraction(1, 5), selection=Selection.GLOBAL, criterion=Criterion.L1, steps=2, multiple=16)
+    report = make(house, settings, calibration=None)
+    groups = 3 * (2 * (2 * 2 + 2) * 16 * 64 + 96 * 3 * 64)
+    assert report.ratio_gone == Fraction(report.num_parameters_before - report.num_parameters_after, groups)
+    assert 0 <= groups * (report.ratio_asked - report.ratio_gone) < 16 * 3 * 64
+    assert all(layer.ffn_size % 16 == 0 for layer in report.shapes.layers)
+    manifest = read_prune_manifest(house / "out")
+    assert (manifest.ratio, manifest.steps, manifest.multiple) == (Fraction(1, 5), 2, 16)
 
 
 def test_what_is_measured_after_recovery_is_what_a_bfloat16_checkpoint_stores(tmp_path: Path) -> None:
@@ -184,7 +210,7 @@ def test_a_criterion_without_text_needs_none_and_says_so(house: Path) -> None:
     settings = PruneSettings(Fraction(1, 2), criterion=Criterion.L2)
     report = make(house, settings, calibration=None, evaluation=None)
     manifest = read_prune_manifest(house / "out")
-    assert (manifest.calibration_sha256, manifest.calibration_tokens) == (None, 0)
+    assert (manifest.calibration_sha256, manifest.calibration_tokens, manifest.calibration_window) == (None, 0, 0)
     assert report.perplexity_before is report.perplexity_pruned is None
 
 
@@ -224,6 +250,8 @@ def refused(house: Path, settings: PruneSettings = SETTINGS, **more: Path | None
 
 def test_what_cannot_be_done_is_refused_and_leaves_nothing_behind(house: Path) -> None:
     assert refused(house, PruneSettings(Fraction(99, 100), window=16, num_windows=4)) == "EMPTY_LAYER"
+    too_much = PruneSettings(Fraction(99, 100), selection=Selection.GLOBAL, window=16, num_windows=4)
+    assert refused(house, too_much) == "RATIO_NOT_REACHED"
     assert refused(house, PruneSettings(Fraction(1, 2), first_layer=3)) == "LAYER_RANGE"
     assert refused(house, PruneSettings(Fraction(1, 2), window=300)) == "WINDOW_TOO_LONG"
     assert refused(house, PruneSettings(Fraction(1, 2), num_windows=10_000)) == "TEXT_TOO_SHORT"

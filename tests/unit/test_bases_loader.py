@@ -85,7 +85,12 @@ def test_an_adapter_directory_is_no_base(llama: Path) -> None:
     assert resolve_refusal(llama).reason == "IS_AN_ADAPTER"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"text"'])
+@pytest.mark.parametrize("name", ["~no-such-user/base", "n" * 5000])
+def test_a_name_that_cannot_be_one_is_unreadable(name: str) -> None:
+    assert resolve_refusal(Path(name)).reason == "NO_SUCH_BASE"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"text"', "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}"])
 def test_a_config_that_is_not_an_object_is_unreadable(content: str, llama: Path) -> None:
     (llama / "config.json").write_text(content, encoding="utf-8")
     assert resolve_refusal(llama).reason == "BROKEN_JSON"
@@ -94,14 +99,13 @@ def test_a_config_that_is_not_an_object_is_unreadable(content: str, llama: Path)
 @pytest.mark.parametrize(
     ("reason", "fields", "words"),
     [
-        ("BROKEN_CONFIG", {"hidden_size": "wide"}, "wide"),
+        ("BROKEN_CONFIG", {"rms_norm_eps": "wide"}, "wide"),
+        ("BROKEN_CONFIG", {"num_attention_heads": 3}, "multiple"),
         ("BROKEN_CONFIG", {"dtype": "float33"}, "float33"),
         ("BROKEN_CONFIG", {"id2label": 3}, "items"),
         ("BROKEN_CONFIG", {"sliding_window": "x"}, "sliding_window"),
         ("MODEL_CONSTRUCTION", {"hidden_act": "swoosh"}, "KeyError: 'swoosh'"),
-        ("MODEL_CONSTRUCTION", {"num_key_value_heads": 0}, "ZeroDivisionError"),
         ("MODEL_CONSTRUCTION", {"pad_token_id": 100_000}, "Padding_idx"),
-        ("MODEL_CONSTRUCTION", {"hidden_size": -64}, "negative dimension"),
         ("MODEL_CONSTRUCTION", {"base_model_tp_plan": 3}, "not iterable"),
         ("MODEL_CONSTRUCTION", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "TypeError"),
     ],
@@ -255,6 +259,14 @@ def test_serving_float16_in_float32_is_said_with_its_reason(tmp_path: Path, capl
     with caplog.at_level(logging.INFO, logger="motley_bases.loader"):
         load_base(directory, dtype="auto", device=CPU)
     assert "overflows" in caplog.text
+
+
+def test_a_dtype_that_nothing_tells_is_refused(llama: Path) -> None:
+    edit_json(llama / "config.json", dtype=None, torch_dtype=None)
+    save_file({}, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedBaseError, match="dtype None is none of") as caught:
+        load_base(llama, dtype="auto", device=CPU)
+    assert (caught.value.reason, caught.value.field) == ("DTYPE", "dtype")
 
 
 def test_an_unknown_dtype_is_refused(llama: Path) -> None:

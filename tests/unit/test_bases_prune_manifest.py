@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ MANIFEST = make_manifest(
     ORIGINAL,
     KEEPS,
     12_345,
+    ratio=Fraction(3, 16),
+    steps=2,
+    multiple=64,
+    rule="loram",
     criterion="param_first",
     selection="global_normalised",
     protected=(1, 1),
     calibration_sha256=OTHER,
     calibration_tokens=640,
+    calibration_window=64,
     seed=7,
     recovery=OTHER,
 )
@@ -53,18 +59,27 @@ def test_beside_weights_it_takes_their_fingerprint(tmp_path: Path) -> None:
 def test_two_manifests_have_one_digest_only_if_they_say_the_same(tmp_path: Path) -> None:
     write_prune_manifest(tmp_path, MANIFEST)
     assert read_prune_manifest(tmp_path).digest == MANIFEST.digest
-    assert replace(MANIFEST, seed=8).digest != MANIFEST.digest
+    changes: list[dict[str, Any]] = [
+        {"seed": 8}, {"ratio": Fraction(1, 4)}, {"steps": 1}, {"multiple": 1}, {"calibration_window": 32}, {"rule": "x"}
+    ]  # fmt: skip
+    assert len({MANIFEST.digest, *(replace(MANIFEST, **change).digest for change in changes)}) == 1 + len(changes)
 
 
-def test_a_manifest_from_before_there_was_a_second_rule_says_the_first_and_keeps_its_digest(tmp_path: Path) -> None:
+def test_a_ratio_is_kept_exactly_and_readably(tmp_path: Path) -> None:
+    write_prune_manifest(tmp_path, replace(MANIFEST, ratio=Fraction("0.65")))
+    assert json.loads((tmp_path / "prune_manifest.json").read_text())["ratio"] == "13/20"
+    assert read_prune_manifest(tmp_path).ratio == Fraction(13, 20)
+
+
+def test_a_manifest_of_the_first_schema_is_refused_as_such_with_what_to_do(tmp_path: Path) -> None:
     write_prune_manifest(tmp_path, MANIFEST)
-    assert "rule" not in json.loads((tmp_path / "prune_manifest.json").read_text())
-    assert read_prune_manifest(tmp_path).rule == "llm-pruner"
-    assert MANIFEST.digest == "sha256:5fadb0d32b0eeb4dce0d46e2b3a9035dd2b944f108aa0e35a7086f7e7f740e64"
-    other = replace(MANIFEST, rule="loram")
-    write_prune_manifest(tmp_path, other)
-    assert read_prune_manifest(tmp_path) == other
-    assert other.digest != MANIFEST.digest
+    path = tmp_path / "prune_manifest.json"
+    added = ("ratio", "steps", "multiple", "rule", "calibration_window")
+    stored = {name: value for name, value in json.loads(path.read_text()).items() if name not in added}
+    path.write_text(json.dumps(stored | {"schema_version": 1}))
+    with pytest.raises(UnreadableBaseError, match="prune the original again") as caught:
+        read_prune_manifest(tmp_path)
+    assert (caught.value.reason, caught.value.field) == ("PRUNE_MANIFEST", "prune_manifest.schema_version")
 
 
 def test_a_manifest_is_used_with_its_own_original_alone() -> None:
@@ -81,7 +96,7 @@ def layer(ffn_channels: object = (0,), kv_heads: object = (0,)) -> dict[str, obj
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "of a later schema": ({"schema_version": 2}, "schema_version"),
+    "of a later schema": ({"schema_version": 3}, "schema_version"),
     "of a schema that is true": ({"schema_version": True}, "schema_version"),
     "an original that is no digest": ({"original_fingerprint": "llama"}, "original_fingerprint"),
     "no list of layers": ({"layers": {}}, "layers"),
@@ -114,7 +129,20 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no parameters": ({"num_parameters": 0}, "num_parameters"),
     "a recovery that is no digest": ({"recovery": "alpaca"}, "recovery"),
     "weights that are no digest": ({"pruned_fingerprint": 5}, "pruned_fingerprint"),
-    "a field too many": ({"ratio": 0.25}, "ratio"),
+    "a ratio that is a float": ({"ratio": 0.25}, "ratio"),
+    "a ratio as decimals": ({"ratio": "0.25"}, "ratio"),
+    "a ratio not in lowest terms": ({"ratio": "2/8"}, "ratio"),
+    "a ratio over nothing": ({"ratio": "1/0"}, "ratio"),
+    "a ratio of more than all": ({"ratio": "5/4"}, "ratio"),
+    "a ratio without end": ({"ratio": f"1/{'3' * 30}"}, "ratio"),
+    "no steps": ({"steps": 0}, "steps"),
+    "steps that are true": ({"steps": True}, "steps"),
+    "a multiple of nothing": ({"multiple": 0}, "multiple"),
+    "a window below 0": ({"calibration_window": -64}, "calibration_window"),
+    "no window": ({"calibration_window": 0}, "calibration_window"),
+    "windows that do not make the tokens": ({"calibration_window": 63}, "calibration_window"),
+    "a window without a text": ({"calibration_sha256": None, "calibration_tokens": 0}, "calibration_window"),
+    "a field too many": ({"share": 0.25}, "share"),
 }
 
 
@@ -127,8 +155,8 @@ def test_what_is_wrong_is_refused_by_its_field(case: str, tmp_path: Path) -> Non
     assert refusal(tmp_path) == ("PRUNE_MANIFEST", f"prune_manifest.{field}")
 
 
-@pytest.mark.parametrize("field", [name for name in PruneManifest.__dataclass_fields__ if name != "rule"])
-def test_every_field_but_the_rule_must_be_there(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", list(PruneManifest.__dataclass_fields__))
+def test_every_field_must_be_there(field: str, tmp_path: Path) -> None:
     write_prune_manifest(tmp_path, MANIFEST)
     path = tmp_path / "prune_manifest.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != field}))

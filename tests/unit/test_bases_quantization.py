@@ -226,6 +226,34 @@ def test_quantized_tensors_of_wrong_shapes_are_refused(whole: Path, tmp_path: Pa
         assert caught.value.field == DOWN
 
 
+@pytest.mark.parametrize(
+    ("stored_format", "told"),
+    [
+        (torch.tensor(1, dtype=torch.uint8), "is 1:"),
+        (torch.tensor(3, dtype=torch.uint8), "is 3:"),
+        (torch.tensor(0), r"is \[\] of I64"),
+        (torch.zeros(2, dtype=torch.uint8), r"is \[2\] of U8"),
+    ],
+)
+def test_int8_weights_that_do_not_lie_row_by_row_are_refused(
+    whole: Path, tmp_path: Path, stored_format: Tensor, told: str
+) -> None:
+    directory, name = store(whole, "int8", tmp_path / "stored"), f"{DOWN}.weight_format"
+    assert load_file(directory / "model.safetensors")[name] == 0
+    edit_tensors(directory, lambda tensors: tensors.update({name: stored_format}))
+    with pytest.raises(UnsupportedBaseError, match=told) as caught:
+        load(directory)
+    assert (caught.value.reason, caught.value.field) == ("WEIGHT_FORMAT", name)
+
+
+def test_int8_weights_that_do_not_say_how_they_lie_are_rows(whole: Path, tmp_path: Path) -> None:
+    directory = store(whole, "int8", tmp_path / "stored")
+    said = run_packed(load(directory), SEQUENCES, CUTS)
+    edit_tensors(directory, drop("weight_format"))
+    for ours, theirs in zip(run_packed(load(directory), SEQUENCES, CUTS), said, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
 def test_a_missing_package_is_named(whole: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
@@ -274,6 +302,37 @@ def test_training_after_serving_has_the_gradients_of_the_weights_that_are_meant(
         trained(inputs_embeds=embedded).logits.square().mean().backward()
         gradients.append(embedded.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_product_of_bitsandbytes_is_taken_however_many_rows_there_are(
+    whole: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a product of bitsandbytes")
+
+    for name in ("matmul_4bit", "matmul"):
+        monkeypatch.setattr(bitsandbytes, name, refuse)
+    model = load_model(whole, torch.float32, CPU, method)
+    for path, linear in quantized_linears(model):
+        for num_rows in (0, 1, 2, 9):
+            x = torch.randn(num_rows, linear.in_features)
+            for is_training in (False, True):
+                linear.train(is_training)
+                y = linear(x.clone().requires_grad_())
+                with torch.inference_mode():
+                    assert torch.equal(linear(x), y), f"{path} is trained on as it is served"
+                y.sum().backward()
+
+
+def test_no_weight_is_kept_whole_until_a_backward_pass(whole: Path, method: str) -> None:
+    model = load_model(whole, torch.float32, CPU, method)
+    x = torch.randn(2, 64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model.get_submodule(DOWN.replace("down", "up"))(x)
+    assert sum(tensor.nbytes for tensor in kept) <= x.nbytes
 
 
 @pytest.mark.parametrize("sizes", [{"intermediate_size": size} for size in (99, 90, 96, 80, 128)] + [{"head_dim": 12}])

@@ -74,6 +74,58 @@ def test_the_word_of_a_claim_follows_its_numbers(quality: SimpleNamespace, resul
     assert found.split(" | ")[3].startswith("reversed<br>")
 
 
+def test_a_criterion_that_is_the_worst_at_another_cut_is_said_to_be(
+    quality: SimpleNamespace, results: Callable[..., Path]
+) -> None:
+    def best(content: dict[str, Any]) -> None:
+        row(content, FIRST | {"cut": "half"})["perplexity"] = [1.0] * 5
+
+    def words(page: str) -> set[str]:
+        claims = page.partition("### Other cuts")[2].partition("###")[0].splitlines()
+        told = [line.split(" | ") for line in claims if line.startswith("| `param_first` costs less than")]
+        return {
+            word
+            for *_, found, held in told
+            for where, word in zip(found.split("<br>"), held.removesuffix(" |").split("<br>"), strict=True)
+            if where.startswith("49%, every layer: ")
+        }
+
+    assert words(quality.page.render()) == {"reversed", "undecided"}
+    assert words(quality.page.render(results(best))) == {"held"}
+
+
+def test_heads_that_went_are_told_from_channels_by_the_parameters_that_did(
+    quality: SimpleNamespace, results: Callable[..., Path]
+) -> None:
+    cut = {"cut": "more_across", "criterion": "param_first"}
+
+    def take(content: dict[str, Any]) -> None:
+        changed = row(content, cut)
+        changed["gone"][0] -= (
+            84  # a head is what 85.3 channels are: one of 32 channels for three queries, key and value
+        )
+        changed["gone"][1:] = [gone - 167 for gone in changed["gone"][1:]]
+        for seed, num_heads in enumerate((1, 2, 2, 2, 2)):
+            changed["parameters"][seed] = 3_198_720 - 49_152 * num_heads - 576 * (changed["gone"][seed] - num_heads)
+
+    assert "at 25% `param_first` 0, `random` 0, `l2` 1." in quality.page.render().replace("\n", " ")
+    assert "at 25% `param_first` 1 to 2, `random` 0, `l2` 1." in quality.page.render(results(take)).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "told"),
+    [(61.6, "`quality_pruning` 62 minutes"), (None, "`quality_pruning` a time that was not recorded")],
+)
+def test_the_page_tells_how_long_it_took_as_far_as_that_was_recorded(
+    quality: SimpleNamespace, results: Callable[..., Path], minutes: float | None, told: str
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        del content["setting"]["minutes"]
+        content["setting"] |= {} if minutes is None else {"minutes": minutes}
+
+    assert told in quality.page.render(results(change)).replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "below", "above"),
     [
@@ -128,7 +180,8 @@ def test_a_document_that_was_learned_from_is_not_held_out(
 
 def test_what_is_gone_is_counted_in_heads_and_channels_of_the_whole_base(quality: SimpleNamespace) -> None:
     base = SimpleNamespace(config=SimpleNamespace(num_key_value_heads=2, intermediate_size=4))
-    pruned = Pruned((None, LayerKeep(ffn_channels=(0, 2), kv_heads=(1,))), None)
+    layers = (None, LayerKeep(ffn_channels=(0, 2), kv_heads=(1,)))
+    pruned = Pruned(layers, num_group_parameters=1, num_unlike_first_order=None)
     assert quality.pruning.groups_gone(pruned, base) == {(1, "head", 0), (1, "channel", 1), (1, "channel", 3)}
 
 

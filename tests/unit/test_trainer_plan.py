@@ -57,6 +57,22 @@ def test_weights_that_do_not_fit_are_told_of(llama: Path) -> None:
     plan = make_plan(question)
     assert (plan.kv_tokens, plan.num_contexts, [entry.num_adapters for entry in plan.ranks]) == (0, 0, [0, 0, 0])
     assert plan_lines(question, plan)[-1].startswith("does not fit: ")
+    assert not plan.fits
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_command_fails_where_the_weights_do_not_fit_and_still_says_what_it_counted(
+    form: list[str], llama: Path
+) -> None:
+    needed = make_plan(Question(str(llama), 0, dtype="float32")).weight_bytes
+    statuses = []
+    for memory in (needed - 1, needed):
+        arguments = ["plan", str(llama), "--memory", str(memory), "--dtype", "float32", *form]
+        told = CliRunner().invoke(base_command, arguments)
+        assert str(needed) in told.output or "weights " in told.output
+        assert ("does not fit: 1 B" in told.output) == (memory < needed and not form)
+        statuses.append(told.exit_code)
+    assert statuses == [1, 0]
 
 
 def test_the_command_prints_lines_or_json(llama: Path) -> None:
@@ -80,11 +96,14 @@ def test_sizes_are_read_exactly(text: str, wanted: int) -> None:
     assert parse_size(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-1", "1e9", "24 Gi", "1.GB", "\u0661"])
+@pytest.mark.parametrize(
+    "text", ["", "lots", "-1", "1e9", "24 Gi", "1.GB", "\u0661", "9" * 300, "9" * 5000, "8388608TiB", f"1.{'0' * 300}"]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_size(text)
     assert (caught.value.reason, caught.value.field) == ("SIZE", "memory")
+    assert len(caught.value.message) < 150
 
 
 @pytest.mark.parametrize(
@@ -110,6 +129,32 @@ def test_a_base_that_would_not_be_served_has_no_plan(llama: Path, tmp_path: Path
     with pytest.raises(BaseError) as caught:
         make_plan(Question(str(tmp_path), MIB))
     assert caught.value.reason == "ROPE_TYPE"
+
+
+def test_a_base_that_cannot_be_built_has_no_plan(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", hidden_act="swoosh")
+    with pytest.raises(BaseError, match="swoosh") as caught:
+        make_plan(Question(str(tmp_path), MIB))
+    assert caught.value.reason == "MODEL_CONSTRUCTION"
+
+
+def test_where_nothing_tells_the_dtype_it_must_be_named(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", dtype=None, torch_dtype=None)
+    with pytest.raises(BaseError, match="names no dtype, and no weights lie beside it") as caught:
+        make_plan(Question(str(tmp_path), MIB))
+    assert (caught.value.reason, caught.value.field) == ("DTYPE", "dtype")
+    named = make_plan(Question(str(tmp_path), MIB, dtype="bfloat16", device="cuda"))
+    assert named == make_plan(Question(str(llama), MIB, dtype="bfloat16", device="cuda"))
+
+
+def test_a_base_whose_linears_take_no_adapter_has_a_plan_without_ranks(tmp_path: Path) -> None:
+    question = Question(str(build_checkpoint("gpt2", tmp_path)), 64 * MIB)
+    plan = make_plan(question)
+    assert plan.fits
+    assert plan.ranks == ()
+    assert "no Linear" in plan_lines(question, plan)[-2]
 
 
 def test_bytes_read_like_bytes() -> None:

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from motley_bases.pruned_geometry import DecoderShape
 from motley_trainer.errors import SettingsError, UnsuitableBaseError
+from motley_trainer.pruning import iterative
 from motley_trainer.pruning.aggregation import Aggregation
 from motley_trainer.pruning.counting import kept_count
 from motley_trainer.pruning.groups import GroupKind, LayerGroups, layer_groups
 from motley_trainer.pruning.iterative import prune_in_steps
 from motley_trainer.pruning.saliency import Criterion
-from motley_trainer.pruning.selection import Key, keep_highest, select
+from motley_trainer.pruning.selection import Key, check_ratio, keep_highest, select
 from motley_trainer.pruning.settings import (
     PruneSettings,
     RecoverySettings,
@@ -154,6 +155,79 @@ def test_global_selection_leaves_a_head_and_a_multiple_of_channels_in_every_laye
         assert kind is GroupKind.ATTENTION or len(indices) % multiple == 0 or len(indices) == 96
 
 
+@given(
+    st.integers(0, 1000),
+    st.fractions(min_value=0, max_value=Fraction(99, 100), max_denominator=100),
+    st.booleans(),
+)
+def test_without_a_multiple_global_selection_takes_single_groups_in_the_order_of_their_scores(
+    seed: int, ratio: Fraction, tied: bool
+) -> None:
+    groups = keyed(DecoderShape(3, 8, 7, 4, 2, 4, 50))
+    scores = scores_for(groups, seed)
+    if tied:
+        scores = {key: (value * 3).round() for key, value in scores.items()}
+    kept = {key: list(range(of.num_groups)) for key, of in groups.items()}
+    left = int(sum(of.num_groups * of.num_parameters_per_group for of in groups.values()) * ratio)
+    means = {kind: float(torch.cat([scores[layer, kind] for layer in range(3)]).mean()) or 1.0 for kind in GroupKind}
+    order = [
+        (float(value) / means[key[1]], place, index)
+        for place, key in enumerate(groups)
+        for index, value in enumerate(scores[key])
+    ]
+    for _, place, index in sorted(order):
+        key = list(groups)[place]
+        size = groups[key].num_parameters_per_group
+        if size <= left and len(kept[key]) > 1:
+            kept[key].remove(index)
+            left -= size
+    expected = {key: tuple(indices) for key, indices in kept.items()}
+    assert select(Selection.GLOBAL, groups, groups, scores, ratio=ratio) == expected
+
+
+@pytest.mark.parametrize("multiple", [16, 40, 64])
+@pytest.mark.parametrize("ratio", ["1/10", "1/4", "1/2", "2/3"])
+def test_a_multiple_leaves_less_undone_than_the_least_that_could_still_go(multiple: int, ratio: str) -> None:
+    groups = keyed(DecoderShape(4, 64, 512, 4, 2, 16, 50))
+    kept = select(Selection.GLOBAL, groups, groups, scores_for(groups), ratio=Fraction(ratio), multiple=multiple)
+    widths = [len(indices) for (_, kind), indices in kept.items() if kind is GroupKind.FFN]
+    assert all(width % multiple == 0 or width == 512 for width in widths)
+    total = sum(of.num_groups * of.num_parameters_per_group for of in groups.values())
+    could_go = [
+        of.num_parameters_per_group
+        * (1 if kind is GroupKind.ATTENTION else len(kept[layer, kind]) % multiple or multiple)
+        for (layer, kind), of in groups.items()
+        if len(kept[layer, kind]) > (1 if kind is GroupKind.ATTENTION else multiple)
+    ]
+    assert 0 <= total * Fraction(ratio) - removed_parameters(groups, kept) < min(could_go)
+
+
+def test_of_whole_multiples_the_one_of_the_lowest_mean_goes() -> None:
+    groups = keyed(DecoderShape(2, 8, 8, 2, 2, 2, 50))  # a head would fit as well
+    scores = {key: torch.full((of.num_groups,), 5.0, dtype=torch.float64) for key, of in groups.items()}
+    scores[0, GroupKind.FFN][:4] = torch.tensor([0.0, 9.0, 9.0, 9.0])  # the lowest channel, in bad company
+    scores[1, GroupKind.FFN][4:] = torch.tensor([1.0, 2.0, 3.0, 1.0])
+    share = Fraction(4 * 3 * 8, sum(of.num_groups * of.num_parameters_per_group for of in groups.values()))
+    kept = select(Selection.GLOBAL, groups, groups, scores, ratio=share, multiple=4)
+    assert kept[1, GroupKind.FFN] == (0, 1, 2, 3)
+    assert all(len(indices) == groups[key].num_groups for key, indices in kept.items() if key != (1, GroupKind.FFN))
+
+
+def test_a_ratio_that_layers_together_cannot_come_to_is_refused_with_what_they_can() -> None:
+    groups = keyed()
+    total, least = (
+        sum(count(of) * of.num_parameters_per_group for of in groups.values())
+        for count in (lambda of: of.num_groups, lambda of: 1 if of.kind is GroupKind.ATTENTION else 16)
+    )
+    reachable = Fraction(total - least, total)
+    check_ratio(Selection.GLOBAL, groups, ratio=reachable, multiple=16)
+    kept = select(Selection.GLOBAL, groups, groups, scores_for(groups), ratio=reachable, multiple=16)
+    assert removed_parameters(groups, kept) == total - least
+    with pytest.raises(SettingsError, match=f"only {total - least:,} ") as refused:
+        check_ratio(Selection.GLOBAL, groups, ratio=reachable + Fraction(1, total), multiple=16)
+    assert (refused.value.reason, refused.value.field) == ("RATIO_NOT_REACHED", "ratio")
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_how_loud_a_kind_is_does_not_decide_globally(factor: float) -> None:
     groups = keyed()
@@ -235,6 +309,22 @@ def test_a_gradual_global_pruning_removes_no_more_than_the_share() -> None:
     assert prunable / 2 - 192 < before - num_parameters(model) <= prunable / 2
 
 
+@pytest.mark.parametrize(
+    ("selection", "reason"), [(Selection.LOCAL, "EMPTY_LAYER"), (Selection.GLOBAL, "RATIO_NOT_REACHED")]
+)
+def test_a_ratio_out_of_reach_is_refused_before_anything_is_estimated(
+    selection: Selection, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iterative, "estimate", lambda *_: pytest.fail("estimated"))
+    with pytest.raises(SettingsError) as refused:
+        prune_in_steps(
+            build_model("llama", vocab_size=50),
+            settings(ratio=Fraction(99, 100), selection=selection, steps=5),
+            WINDOWS,
+        )
+    assert refused.value.reason == reason
+
+
 def test_a_ratio_that_rounds_to_nothing_is_refused() -> None:
     with pytest.raises(SettingsError, match="less than one head") as refused:
         prune_in_steps(build_model("llama", vocab_size=50), settings(ratio=Fraction(1, 10), multiple=96), WINDOWS)
@@ -244,8 +334,8 @@ def test_a_ratio_that_rounds_to_nothing_is_refused() -> None:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5", "1e400"])
-def test_a_ratio_outside_nothing_and_all_is_refused(ratio: str) -> None:
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5", "1e400", f"1/{10**18 + 1}"])
+def test_a_ratio_outside_nothing_and_all_or_too_fine_is_refused(ratio: str) -> None:
     with pytest.raises(SettingsError) as refused:
         settings(ratio=Fraction(ratio))
     assert (refused.value.reason, refused.value.field) == ("BAD_RATIO", "ratio")

@@ -1,7 +1,7 @@
 """Carrying an adapter's directory between a base and its pruned copy: from names to a new directory.
 
-What becomes of the tensors is the adapters'. Neither base is loaded: weights are read for their fingerprints alone.
-Runs on the calling thread.
+What becomes of the tensors is the adapters'. Neither base is loaded unless it is quantized: weights are read for their
+fingerprints, and to see that the manifest tells the truth. Runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from motley_bases.prune_manifest import PruneManifest, read_prune_manifest
 from motley_bases.spec import BaseSpec
 from motley_bases.stored_spec import read_spec
 
+from motley_trainer.bases.kept_weights import StoredBase, check_kept_weights
 from motley_trainer.files.outputs import new_directory
 
 
@@ -32,7 +33,8 @@ def restrict_directory(adapter: Path, original: str, pruned: str, out: Path) -> 
 
     Semantics: both bases are as `--base` says them.
     Effects: writes `out`, whole or not at all.
-    Raises: OutputError; BaseError for a base or manifest that cannot be used; AdapterError as `restrict_adapter` does.
+    Raises: OutputError; BaseError for a base or manifest that cannot be used; UnsuitableBaseError as
+    `check_kept_weights` does; AdapterError as `restrict_adapter` does.
     """
     with new_directory(out) as aside:
         manifest, whole, copy = _read(original, pruned)
@@ -45,7 +47,8 @@ def recover_directory(adapter: Path, original: str, pruned: str, out: Path) -> C
 
     Semantics: both bases are as `--base` says them.
     Effects: writes `out`, whole or not at all.
-    Raises: OutputError; BaseError for a base or manifest that cannot be used; AdapterError as `recover_adapter` does.
+    Raises: OutputError; BaseError for a base or manifest that cannot be used; UnsuitableBaseError as
+    `check_kept_weights` does; AdapterError as `recover_adapter` does.
     """
     with new_directory(out) as aside:
         manifest, whole, copy = _read(original, pruned)
@@ -55,4 +58,6 @@ def recover_directory(adapter: Path, original: str, pruned: str, out: Path) -> C
 
 def _read(original: str, pruned: str) -> tuple[PruneManifest, BaseSpec, BaseSpec]:
     whole, copy = resolve_base(original), resolve_base(pruned)
-    return read_prune_manifest(copy), read_spec(whole), read_spec(copy)
+    manifest, whole_spec, copy_spec = read_prune_manifest(copy), read_spec(whole), read_spec(copy)
+    check_kept_weights(manifest, StoredBase(whole, whole_spec), StoredBase(copy, copy_spec))
+    return manifest, whole_spec, copy_spec

@@ -55,7 +55,7 @@ class Plan:
     """What fits into memory. Units: bytes, tokens.
 
     Semantics: `left_bytes` is below zero where the weights alone do not fit. `kv_tokens` is with no adapter,
-    `num_contexts` how many full contexts that is.
+    `num_contexts` how many full contexts that is. There are no `ranks` where no Linear of the layers takes an adapter.
     """
 
     dtype: str
@@ -69,6 +69,11 @@ class Plan:
     context: int
     num_contexts: int
     ranks: tuple[RankPlan, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether there is room for the weights."""
+        return self.left_bytes >= 0
 
 
 def make_plan(question: Question) -> Plan:
@@ -107,6 +112,7 @@ def make_plan(question: Question) -> Plan:
         ranks=tuple(
             RankPlan(rank, ledger.adapter_bytes(rank), beside_context // ledger.adapter_bytes(rank))
             for rank in question.ranks
+            if ledger.linears
         ),
     )
 
@@ -120,7 +126,7 @@ def plan_lines(question: Question, plan: Plan) -> Sequence[str]:
         f"KV cache     {show_bytes(plan.kv_bytes_per_token)} a token, "
         f"{show_bytes(plan.context * plan.kv_bytes_per_token)} a context of {plan.context}",
     ]
-    if plan.left_bytes <= 0:
+    if not plan.fits:
         return [*lines, f"does not fit: {show_bytes(-plan.left_bytes)} are missing for the weights alone"]
     lines.append(
         f"left         {show_bytes(plan.left_bytes)}: {plan.kv_tokens} tokens of KV cache, {plan.num_contexts} contexts"
@@ -130,6 +136,8 @@ def plan_lines(question: Question, plan: Plan) -> Sequence[str]:
         f"{entry.num_adapters} beside one context"
         for entry in plan.ranks
     ]
+    if not plan.ranks:
+        lines.append("adapters     none: no Linear of its layers takes one")
     return [*lines, "What a step works with comes on top."]
 
 

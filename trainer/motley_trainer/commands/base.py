@@ -67,7 +67,10 @@ def plan(
     rank: Annotated[list[int] | None, typer.Option(metavar="R", help="Adapters of this rank; repeatable.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what fits into memory: BASE, keys and values, and adapters. Reads no weights."""
+    """Tell what fits into memory: BASE, keys and values, and adapters. Reads no weights.
+
+    Ends with status 1 if the weights alone do not fit.
+    """
     from motley_trainer.bases.plan import Question, make_plan, parse_size, plan_lines
 
     question = Question(name, parse_size(memory), dtype, quantize, device, context)
@@ -75,6 +78,8 @@ def plan(
         question = replace(question, ranks=tuple(rank))
     answer = make_plan(question)
     typer.echo(json.dumps(asdict(answer)) if json_output else "\n".join(plan_lines(question, answer)))
+    if not answer.fits:
+        raise typer.Exit(1)
 
 
 class StageLines:

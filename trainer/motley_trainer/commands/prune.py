@@ -140,20 +140,42 @@ def _lines(report: PruneReport) -> list[str]:
     lines = [
         f"{report.directory}: {report.fingerprint}",
         f"parameters: {before:,} before, {after:,} after ({after / before:.2%})",
+        f"heads and channels: {float(report.ratio_asked):.2%} asked to go, {float(report.ratio_gone):.2%} of their "
+        "parameters gone",
         f"layers: {_layers(report)}",
+        _perplexity_line(report),
     ]
-    if report.perplexity_before is None or report.perplexity_pruned is None:
-        lines.append("perplexity: not measured, as there was no text")
-    else:
-        told = f"perplexity: {report.perplexity_before:.3f} before, {report.perplexity_pruned:.3f} pruned"
-        if report.perplexity_recovered is not None:
-            told += f", {report.perplexity_recovered:.3f} recovered"
-        lines.append(f"{told} ({report.num_evaluation_windows} windows)")
     if report.num_unlike_first_order is not None:
         lines.append(f"second order: {report.num_unlike_first_order} groups kept that the first order would not have")
-    if report.recovered is not None:
+    if report.recovered is not None and report.recovered.digest is not None:
         lines.append(f"recovery: step {report.recovered.best_step} merged, {report.recovered.digest}")
-    return lines
+    return lines + [f"warning: {warning}" for warning in _warnings(report)]
+
+
+def _perplexity_line(report: PruneReport) -> str:
+    before, pruned, trained = report.perplexity_before, report.perplexity_pruned, report.perplexity_recovered
+    if before is None or pruned is None:
+        return "perplexity: not measured, as there was no text"
+    told = f"perplexity: {before:.3f} before, {pruned:.3f} pruned"
+    if trained is not None:
+        told += f", {trained:.3f} {'recovered' if trained < pruned else 'after the recovery steps'}"
+    return f"{told} ({report.num_evaluation_windows} windows)"
+
+
+def _warnings(report: PruneReport) -> list[str]:
+    """Tell in what the recovery did not do what it is for."""
+    if report.recovered is None:
+        return []
+    if report.recovered.digest is None:
+        return ["no recovery step lowered the loss of the validation windows: nothing was merged"]
+    before, pruned, trained = report.perplexity_before, report.perplexity_pruned, report.perplexity_recovered
+    if before is None or pruned is None or trained is None:
+        return []
+    if not trained < pruned:
+        return [f"the recovery steps did not help: perplexity is {trained:.3f}, not lower than {pruned:.3f} without"]
+    if not trained < before:
+        return [f"recovery is partial: perplexity is {trained:.3f}, not lower than {before:.3f} before pruning"]
+    return []
 
 
 def _layers(report: PruneReport) -> str:
@@ -177,6 +199,8 @@ def _json(report: PruneReport) -> dict[str, object]:
         "fingerprint": report.fingerprint,
         "num_parameters_before": report.num_parameters_before,
         "num_parameters_after": report.num_parameters_after,
+        "ratio_asked": float(report.ratio_asked),
+        "ratio_gone": float(report.ratio_gone),
         **report.shapes.to_config(),
         "perplexity_before": report.perplexity_before,
         "perplexity_pruned": report.perplexity_pruned,
@@ -184,4 +208,5 @@ def _json(report: PruneReport) -> dict[str, object]:
         "num_evaluation_windows": report.num_evaluation_windows,
         "num_unlike_first_order": report.num_unlike_first_order,
         "recovery": None if report.recovered is None else report.recovered.digest,
+        "warnings": _warnings(report),
     }

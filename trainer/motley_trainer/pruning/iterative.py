@@ -18,8 +18,8 @@ from motley_trainer.errors import SettingsError
 from motley_trainer.pruning.estimation import estimate
 from motley_trainer.pruning.groups import GroupKind, LayerGroups, groups_of
 from motley_trainer.pruning.saliency import Criterion
-from motley_trainer.pruning.selection import Kept, Key, num_differing, select
-from motley_trainer.pruning.settings import PruneSettings
+from motley_trainer.pruning.selection import Kept, Key, check_ratio, num_differing, num_parameters_of, select
+from motley_trainer.pruning.settings import PruneSettings, Selection
 from motley_trainer.pruning.surgery import shrink
 
 
@@ -29,9 +29,11 @@ class Pruned:
 
     Semantics: a layer is None where nothing of it went. `num_unlike_first_order` counts the groups that the second
     order kept and the first alone, at the same step, would not have; None under criteria without a second order.
+    `num_group_parameters` is what all groups of the layers that are pruned had before: what a ratio is a share of.
     """
 
     layers: tuple[LayerKeep | None, ...]
+    num_group_parameters: int
     num_unlike_first_order: int | None
 
 
@@ -42,10 +44,12 @@ def prune_in_steps(
 
     Semantics: after step t of T, t/T of the ratio is gone, counted from the initial widths; scores are made anew at
     each step, from the model as it is then.
-    Raises: SettingsError with reason NOTHING_TO_PRUNE if rounding leaves every layer whole.
+    Raises: SettingsError as `check_ratio` does, before anything is estimated; with reason NOTHING_TO_PRUNE if rounding
+    leaves every layer whole.
     """
     layers = settings.layers(model.config.num_hidden_layers)
     initial = _groups_of_layers(model, layers)
+    check_ratio(settings.selection, initial, ratio=settings.ratio, multiple=settings.multiple, rule=settings.rule)
     kept: Kept = {key: tuple(range(of_kind.num_groups)) for key, of_kind in initial.items()}
     generator = torch.Generator().manual_seed(settings.seed)
     criteria = {settings.criterion} | ({Criterion.PARAM_FIRST} if settings.criterion.needs_fisher else set())
@@ -72,12 +76,14 @@ def prune_in_steps(
         on_step()
     if all(len(kept[key]) == of_kind.num_groups for key, of_kind in initial.items()):
         raise SettingsError(
-            f"a ratio of {float(settings.ratio):g} is less than one head or {settings.multiple} FFN channels a layer",
+            f"a ratio of {float(settings.ratio):g} is less than one head or {settings.multiple} FFN channels"
+            f"{' a layer' if settings.selection is Selection.LOCAL else ''}",
             reason="NOTHING_TO_PRUNE",
             field="ratio",
         )
     return Pruned(
         tuple(_layer_keep(layer, initial, kept) for layer in range(model.config.num_hidden_layers)),
+        num_parameters_of(initial.values()),
         num_unlike_first_order if settings.criterion.needs_fisher else None,
     )
 

@@ -6,6 +6,7 @@ Runs on the calling thread, for as long as it takes; a watcher sees it go by.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -36,14 +37,18 @@ from motley_trainer.pruning.written import write_pruned
 class PruneReport:
     """What a pruning made.
 
-    Semantics: perplexities are of the stored weights, in float32, on the same windows; None where there was no text, or
-    no recovery. `num_unlike_first_order` is `Pruned`'s.
+    Semantics: `ratio_gone` is the share of the parameters of all heads and channels of the pruned layers that went;
+    rounding to whole ones keeps it from `ratio_asked`. Perplexities are of the stored weights, in float32, on the same
+    windows; None where there was no text, and after recovery where nothing was merged. `num_unlike_first_order` is
+    `Pruned`'s.
     """
 
     directory: Path
     fingerprint: str
     num_parameters_before: int
     num_parameters_after: int
+    ratio_asked: Fraction
+    ratio_gone: Fraction
     shapes: PrunedShapes
     perplexity_before: float | None
     perplexity_pruned: float | None
@@ -92,16 +97,20 @@ def prune_base(
         pruned = _prune(model, settings, texts, watcher)
         after = _measure(model, texts, watcher)
         recovered = _recover(model, settings, texts, dtype, watcher)
-        after_recovery = None if recovered is None else _measure(model, texts, watcher)
+        is_changed = recovered is not None and recovered.digest is not None
+        after_recovery = _measure(model, texts, watcher) if is_changed else None
         watcher.begin("writing", 1)
         manifest = _manifest(original, model, settings, texts, pruned, recovered)
         digest = write_pruned(aside, model, original=directory, config=config, dtype=dtype, manifest=manifest)
         watcher.advance()
+    num_after = num_parameters(model)
     return PruneReport(
         directory=out,
         fingerprint=digest,
         num_parameters_before=num_before,
-        num_parameters_after=num_parameters(model),
+        num_parameters_after=num_after,
+        ratio_asked=settings.ratio,
+        ratio_gone=Fraction(num_before - num_after, pruned.num_group_parameters),
         shapes=shapes_of(model),
         perplexity_before=before,
         perplexity_pruned=after,
@@ -212,13 +221,17 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         original_fingerprint=original,
         layers=pruned.layers,
+        ratio=settings.ratio,
+        steps=settings.steps,
+        multiple=settings.multiple,
+        rule=str(settings.rule),
         criterion=str(settings.criterion),
         aggregation=str(settings.aggregation),
         selection=str(settings.selection),
-        rule=str(settings.rule),
         protected=(layers.start, len(pruned.layers) - layers.stop),
         calibration_sha256=texts.calibration.sha256 if is_calibrated and texts.calibration else None,
         calibration_tokens=settings.num_windows * settings.window if is_calibrated else 0,
+        calibration_window=settings.window if is_calibrated else 0,
         seed=settings.seed,
         num_parameters=num_parameters(model),
         recovery=None if recovered is None else recovered.digest,

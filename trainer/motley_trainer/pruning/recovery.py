@@ -35,11 +35,12 @@ MAX_GRADIENT_NORM = 1.0
 class Recovered:
     """What a recovery did.
 
-    Semantics: `digest` is "sha256:..." over the factors that were merged; the losses are of the validation windows,
-    before the first step and at the step whose factors were taken.
+    Semantics: `digest` is "sha256:..." over the factors that were merged; None where nothing was, as no step made the
+    validation loss lower: then `best_step` is 0. The losses are of the validation windows, before the first step and at
+    the step whose factors were taken.
     """
 
-    digest: str
+    digest: str | None
     best_step: int
     loss_before: float
     loss_after: float
@@ -78,7 +79,7 @@ def recover(
                 best_step, best_loss, best = step, loss, _factors(adapted)
     _restore(adapted, best)
     merge(model, adapted)
-    return Recovered(_digest(best), best_step, before, best_loss)
+    return Recovered(_digest(best) if best_step else None, best_step, before, best_loss)
 
 
 def attach(model: PreTrainedModel, settings: RecoverySettings, generator: torch.Generator) -> dict[str, LoraLinear]:

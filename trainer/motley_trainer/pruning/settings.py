@@ -17,6 +17,7 @@ from motley_trainer.pruning.counting import CountingRule
 from motley_trainer.pruning.saliency import Criterion
 
 MAX_SEED = 2**63 - 1  # that every generator of torch takes
+MAX_DENOMINATOR = 10**18  # of a ratio: the manifest keeps it as it was asked for
 
 
 class Selection(StrEnum):
@@ -73,6 +74,8 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise SettingsError("a ratio is between 0 and 1, without them", reason="BAD_RATIO", field="ratio")
+        if self.ratio.denominator > MAX_DENOMINATOR:
+            raise SettingsError("a ratio has 18 decimals at most", reason="BAD_RATIO", field="ratio")
         for name, least in (("steps", 1), ("multiple", 1), ("seed", 0), ("num_windows", 1), ("window", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {least} or more", reason="BAD_COUNT", field=name)
