@@ -29,7 +29,10 @@ Row = dict[str, float]
 
 
 def parse_options(doc: str | None) -> argparse.Namespace:
-    """Read the command line; `seeds` is the seeds themselves, `out` None where nothing is to be written."""
+    """Read the command line; `seeds` is the seeds themselves, `out` None where nothing is to be written.
+
+    Semantics: `began` is when, on the monotonic clock.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer write nothing, unless --out is given")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -38,6 +41,7 @@ def parse_options(doc: str | None) -> argparse.Namespace:
     if not 1 <= options.seeds <= len(SEEDS):
         parser.error(f"--seeds is 1 to {len(SEEDS)}")
     options.seeds = SEEDS[: options.seeds]
+    options.began = time.monotonic()
     return options
 
 
@@ -75,11 +79,13 @@ def measure_cells(
 
 
 def write(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the result file beside the machine it was measured on, where one is to be written."""
+    """Write the result file beside the machine it was measured on and the minutes, where one is to be written."""
     path = options.out or (RESULTS / f"{name}.json" if options.seeds == SEEDS else None)
     if path is None:
         print(f"{len(options.seeds)} of {len(SEEDS)} seeds: nothing written")
         return
     machine = describe_machine() | {"processes": options.jobs}
-    path.write_text(json.dumps({"machine": machine, "seeds": options.seeds, **result}, indent=2) + "\n")
+    setting = result["setting"] | {"minutes": round((time.monotonic() - options.began) / 60, 1)}
+    whole = {"machine": machine, "seeds": options.seeds, **result, "setting": setting}
+    path.write_text(json.dumps(whole, indent=2) + "\n")
     print(f"wrote {path}")

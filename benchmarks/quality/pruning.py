@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -178,7 +177,6 @@ def main() -> None:
     """Measure, print as it goes, write the result file."""
     options = parse_options(__doc__)
     torch.set_num_threads(1)
-    began = time.monotonic()
     costs = measure_costs()
     cells = measure_cells(plan.list_cells(), measure, options)
     config = load_model(resolve_base(BASE), torch.float32, CPU, NONE).config
@@ -192,7 +190,6 @@ def main() -> None:
         "layers": config.num_hidden_layers,
         "kv_heads": config.num_key_value_heads,
         "ffn_channels": config.intermediate_size,
-        "minutes": round((time.monotonic() - began) / 60, 1),
     }
     write("quality_pruning", {"setting": setting, "cells": cells, "costs": costs}, options)
 
