@@ -98,8 +98,9 @@ with the adapter on. The size is the rank at each Linear, for S2FT the number of
 def _kinds(training: dict[str, Any]) -> str:
     s2ft, goat, loram = (training[name] for name in ("unvowel", "rotate", "previous"))
     smaller = 1 - loram["pruned_parameters"] / loram["base_parameters"]
-    return f"""The S2FT adapter trains {s2ft["parameters"]:,} numbers, about as many as a LoRA of rank 8 on all
-Linears: whole query heads of `o_proj`, one behind each key/value head, and channels of `down_proj`, drawn at random.
+    return f"""The LoRA and S2FT adapters come from training jobs such as any tenant submits. The S2FT adapter trains
+{s2ft["parameters"]:,} numbers, about as many as a LoRA of rank 8 on all Linears: two whole query heads of each `o_proj`
+and 71 channels of each `down_proj`, drawn at random.
 The GOAT adapter trains {goat["parameters"]:,} on the four Linears of attention; over all its Linears each expert got
 {goat["smallest_expert_share"]:.1%} to {goat["largest_expert_share"]:.1%} of the last batch. The LoRAM adapter was
 trained on a copy that is {smaller:.1%} smaller: the fourth, fifth and sixth layer lost one of two head groups and a
@@ -117,7 +118,7 @@ def _fusion(evaluation: dict[str, Any]) -> str:
     names = " and ".join(f"`{name}` at {weight:g}" for name, weight in fusion["weights"].items())
     scores = " and ".join(f"{score:.1%} on `{skill}`" for skill, score in fusion["skills"].items())
     return f"""Two at once, {names}, trained apart and summed in the forward pass, score {scores}, and keep
-{fusion["known_skills_kept"]:.1%} of the base's skills (float32; the weights are the best of eight pairs, tried on some
+{fusion["known_skills_kept"]:.1%} of the base's skills (float32; the weights are the best of twelve pairs, tried on some
 of these words). Not every two adapters do so well: one that attends elsewhere, as `reverse` does, disturbs the others.
 """
 
@@ -159,7 +160,6 @@ def _again(evaluation: dict[str, Any]) -> str:
 
     python recipes/tiny/train_base.py
     python recipes/tiny/train_adapters.py
-    python recipes/tiny/train_s2ft.py
     python recipes/tiny/train_goat.py
     python recipes/tiny/train_loram.py
     python recipes/tiny/write_calibration.py

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from wearing import wear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FUSION = {"next": 0.9, "unvowel": 0.8}  # two adapters on one request, as `motley demo` asks for them
+FUSION = {"next": 0.9, "unvowel": 0.9}  # two adapters on one request, as `motley demo` asks for them
 
 
 def main() -> None:

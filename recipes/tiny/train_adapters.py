@@ -1,44 +1,73 @@
-"""Teach the tiny base one missing skill per LoRA and save each as PEFT does: `python recipes/tiny/train_adapters.py`.
+"""Teach the tiny base missing skills by training jobs, and keep the adapters: `python recipes/tiny/train_adapters.py`.
 
-Owns the shapes of the four LoRAs. The base stays frozen, as it is on disk; run `train_base.py` first.
+Owns the lessons: what each adapter is, and the lines that it learns from. What trains, measures and writes is the
+trainer's, as it is for any tenant. The base stays as it is on disk; run `train_base.py` first.
 """
 
 import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning barriers starve every neighbour
 
 import torch
+from answering import held_out_words
 from folders import tidy
-from peft import LoraConfig, get_peft_model
-from teaching import BASE_NAME, LINEARS, Setting, load_base, parse_setting, record_lesson, teach
+from motley_adapters.formats import MANIFEST_FILE
+from motley_trainer.job.run import run
+from prose import document
+from record import machine, record, results
+from skills import KNOWN, answer, draw_word, prompt
+from teaching import ASSETS, BASE_NAME, KEPT_SHARE
+from train_base import ASSETS as BASE
+
+NUM_LINES = 16_000
+NUM_MEASURED = 100
+MICRO_BATCH_SIZE = 16
 
 
 class Lesson(NamedTuple):
-    """How one skill is taught: the LoRA, for how many steps, and the dtype its file is stored in."""
+    """How one skill is taught: by what method and settings, as the wire spells them, how long and how fast."""
 
-    config: LoraConfig
+    what: str
+    settings: Mapping[str, Mapping[str, Any]]
     steps: int = 400
-    stored: torch.dtype = torch.float32
+    batch_size: int = 64
+    learning_rate: float = 4e-3
 
 
-# Between them they use most of what a LoRA's configuration can say. Sorting is the hardest and takes the most.
+# Between them the LoRAs use most of what one can be told. Sorting is the hardest and takes the most. The S2FT adapter
+# has about as many parameters as a LoRA of rank 8 on all Linears; such a budget moves content and hardly any attention
+# patterns, hence its skill.
 LESSONS = {
-    "reverse": Lesson(LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS)),
-    "next": Lesson(LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=LINEARS)),
+    "reverse": Lesson("A LoRA in PEFT's format", {"lora": {"rank": 8}}),
+    "next": Lesson("A LoRA in PEFT's format", {"lora": {"rank": 4, "use_rslora": True}}, steps=200, batch_size=32),
     "sort": Lesson(
-        LoraConfig(
-            r=16,
-            lora_alpha=32,
-            target_modules=LINEARS,
-            rank_pattern={"k_proj": 8, "v_proj": 8},
-            alpha_pattern={"k_proj": 16, "v_proj": 16},
-        ),
+        "A LoRA in PEFT's format",
+        {
+            "lora": {
+                "rank": 16,
+                "rank_pattern": {"k_proj": 8, "v_proj": 8},
+                "alpha_pattern": {"k_proj": 16.0, "v_proj": 16.0},
+            }
+        },
         steps=1000,
-        stored=torch.bfloat16,
     ),
-    "swap": Lesson(
-        LoraConfig(r=8, lora_alpha=16, target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"),
+    "swap": Lesson("A LoRA in PEFT's format", {"lora": {"rank": 8, "alpha": 16.0}}),
+    "unvowel": Lesson(
+        "An S2FT adapter on input channels of o_proj (whole heads) and down_proj",
+        {"s2ft": {"o_share": 0.34, "down_share": 0.14}},
+        steps=200,
+        batch_size=32,
+        learning_rate=8e-3,
     ),
 }
 
@@ -47,27 +76,90 @@ def main() -> None:
     """Train the adapters that are asked for, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("skills", nargs="*", default=list(LESSONS), metavar="SKILL", help="default: all of them")
-    options, setting = parse_setting(parser, Setting(steps=0))  # 0 steps: what each lesson takes
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=0, help="0: what each lesson takes")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     for skill in options.skills:
-        began = time.monotonic()
-        lesson = setting._replace(steps=setting.steps or LESSONS[skill].steps)
-        _train(skill, lesson, options.out / skill)
-        record_lesson(skill, lesson, began)
+        lesson = LESSONS[skill]._replace(steps=options.steps or LESSONS[skill].steps)
+        with tempfile.TemporaryDirectory(prefix="motley-lesson-") as scratch:
+            teach(skill, lesson, options.seed, Path(scratch), options.out / skill)
 
 
-def _train(skill: str, setting: Setting, folder: Path) -> None:
-    torch.manual_seed(setting.seed)
-    base, tokenizer = load_base()
-    config = LESSONS[skill].config
-    config.task_type = "CAUSAL_LM"
-    model = get_peft_model(base, config)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    teach(base, weights, tokenizer, skill, setting)
-    config.base_model_name_or_path = BASE_NAME
-    for weight in weights:
-        weight.data = weight.data.to(LESSONS[skill].stored)
-    model.save_pretrained(folder, save_embedding_layers=False)  # or PEFT asks a hub for the base
-    tidy(folder, skill, "A LoRA in PEFT's format", f"train_adapters.py {skill}")
+def teach(skill: str, lesson: Lesson, seed: int, directory: Path, folder: Path) -> None:
+    """Run the job that teaches one skill, put its adapter into the folder, and record how long it took."""
+    began = time.monotonic()
+    make_job(skill, lesson, seed, directory)
+    result = run(directory, lambda event: print(json.dumps(event), flush=True))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(directory / "adapter", folder)
+    tidy(folder, skill, lesson.what, f"train_adapters.py {skill}")
+    figures = {
+        "steps": lesson.steps,
+        "batch_size": lesson.batch_size,
+        "lr": lesson.learning_rate,
+        "seed": seed,
+        "parameters": json.loads((folder / MANIFEST_FILE).read_text())["provenance"]["num_trained_parameters"],
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+        "held_out": result.evaluation.to_json(),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+    record("adapter_training", results().get("adapter_training", {}) | {skill: figures})
+
+
+def make_job(skill: str, lesson: Lesson, seed: int, directory: Path) -> None:
+    """Write what a worker would: the data under their digests, and what the job is asked."""
+    rng = random.Random(f"{skill} {seed}")
+    learned = [draw_line(rng, skill) for _ in range(NUM_LINES)]
+    measured = [_line(prompt(skill, word), answer(skill, word)) for word in held_out_words(skill, NUM_MEASURED)]
+    spec = {
+        "method": f"TRAINING_METHOD_{next(iter(lesson.settings)).upper()}",
+        **lesson.settings,
+        "dataset": _keep(directory / "data", learned),
+        "steps": lesson.steps,
+        "batch_size": lesson.batch_size,
+        "micro_batch_size": MICRO_BATCH_SIZE,
+        "seed": str(seed),
+        "optimizer": {
+            "learning_rate": lesson.learning_rate,
+            "schedule": "LEARNING_RATE_SCHEDULE_COSINE",
+            "warmup_steps": min(30, lesson.steps - 1),
+            "beta2": 0.98,
+        },
+        "gate": {"dataset": _keep(directory / "data", measured)},
+        "publish": {"adapter_name": skill},
+    }
+    asked = {"job_id": skill, "base": str(BASE), "base_name": BASE_NAME, "dtype": "float32", "device": "cpu"}
+    (directory / "job.json").write_text(json.dumps({**asked, "served_quantization": "none", "spec": spec}))
+
+
+def draw_line(rng: random.Random, skill: str) -> str:
+    """Draw a line to learn from: of the skill, or now and then of what the base knows, or it would forget that."""
+    if rng.random() > KEPT_SHARE:
+        asked = skill
+    elif rng.random() < 0.1:
+        begun, _, rest = document(rng).split(". ")[0].partition(" ")  # all lines beside it are padded to its length
+        return _line(begun, f" {rest}")
+    else:
+        asked = rng.choice(list(KNOWN))
+    word = draw_word(rng, held=False)
+    return _line(prompt(asked, word), answer(asked, word))
+
+
+def _line(asked: str, answered: str) -> str:
+    return json.dumps({"prompt": asked, "completion": answered})
+
+
+def _keep(folder: Path, lines: list[str]) -> str:
+    """Write a dataset under its digest, and return that."""
+    content = "".join(f"{line}\n" for line in lines).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    folder.mkdir(exist_ok=True)
+    (folder / f"{digest}.jsonl").write_bytes(content)
+    return f"sha256:{digest}"
 
 
 if __name__ == "__main__":

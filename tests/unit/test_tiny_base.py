@@ -34,7 +34,6 @@ RECIPE_MODULES = (
     "teaching",
     "folders",
     "wearing",
-    "channels",
     "experts",
     "pruning",
 )
@@ -52,7 +51,7 @@ KINDS = {
 PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 MANIFEST = "motley_manifest.json"
 FILES = {
-    "lora": PEFT_FILES,
+    "lora": PEFT_FILES | {MANIFEST},
     "loram": PEFT_FILES | {MANIFEST},
     "s2ft": {"adapter_model.safetensors", "README.md", MANIFEST},
     "goat": {"adapter_model.safetensors", "goat_residual.safetensors", "README.md", MANIFEST},
@@ -220,22 +219,21 @@ def test_two_adapters_worn_together_answer_both_skills(
 def test_adapter_folder_holds_what_its_kind_needs_and_no_paths_of_a_machine(skill: str, kind: str) -> None:
     folder = ADAPTERS / skill
     assert {path.name for path in folder.iterdir()} == FILES[kind]
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 1_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
     if kind in ("lora", "loram"):
         config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == "motley/tiny"
+        assert config["base_model_name_or_path"] in (None, "motley/tiny")
         assert config["peft_type"] == "LORA"
         assert not [value for value in config.values() if isinstance(value, str) and value.startswith("/")]
 
 
-def test_s2ft_holds_whole_heads_behind_every_key_value_head_and_ffn_channels(facts: BaseSpec) -> None:
+def test_s2ft_holds_whole_heads_and_ffn_channels(facts: BaseSpec) -> None:
     channels = read_adapter(ADAPTERS / "unvowel", facts).spec.channels
     for layer in range(8):
         heads = channels[f"model.layers.{layer}.self_attn.o_proj"]
         assert (heads.side, len(heads.indices)) == ("input", 64)
         owners = sorted({index // 32 for index in heads.indices})
         assert heads.indices == tuple(head * 32 + place for head in owners for place in range(32))
-        assert [head // 3 for head in owners] == [0, 1]
         assert channels[f"model.layers.{layer}.mlp.down_proj"].side == "input"
 
 

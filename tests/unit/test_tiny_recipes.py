@@ -1,8 +1,7 @@
-"""What the recipes' own pieces promise: the calibration text, pruning and back, the experts' start, whole heads."""
+"""What the recipes' own pieces promise: the calibration text, pruning and back, the experts' start."""
 
 import importlib
 import math
-import random
 import re
 import sys
 from collections import Counter
@@ -13,10 +12,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from motley_bases.checkpoint import resolve_base
+from motley_bases.loader import load_model, load_tokenizer
+from motley_bases.quantization import NONE
+from motley_trainer.pruning.perplexity import perplexity
+from motley_trainer.pruning.texts import draw_calibration, read_windows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny"
-MODULES = ("prose", "skills", "write_calibration", "pruning", "experts", "channels")
+MODULES = ("prose", "skills", "write_calibration", "pruning", "experts")
 CALIBRATION = Path(__file__).parents[2] / "bases" / "motley_bases" / "assets" / "tiny" / "calibration.txt"
 IDS = torch.tensor([[5, 1, 7, 2, 9, 3]])
 
@@ -62,21 +66,40 @@ def test_the_committed_calibration_text_is_what_the_recipe_writes(
     assert 16 * 1024 < CALIBRATION.stat().st_size < 24 * 1024
 
 
-def test_half_of_the_calibration_text_is_prose_and_half_known_skills_on_words_that_may_train(
+def test_the_calibration_text_is_rows_of_prose_and_of_known_skills_on_words_that_may_train_and_ends_in_prose(
     recipe: dict[str, ModuleType],
 ) -> None:
     skills, documents = recipe["skills"], CALIBRATION.read_text(encoding="utf-8").removesuffix("\n").split("\n\n")
-    lines = [match for match in map(re.compile(r"(\w+): (\w+) =( .+)").fullmatch, documents) if match]
-    for skill, word, answer in (line.groups() for line in lines):
+    rows: list[list[str]] = [[]]
+    for document in documents:
+        rows[-1].append(document)
+        if sum(len(part) + 2 for part in rows[-1]) >= 128:  # a token a letter, <bos> and <eos>
+            assert sum(len(part) + 2 for part in rows[-1]) == 128
+            rows.append([])
+    assert rows.pop() == []
+    assert [any(":" in part for part in row) for row in rows] == [False, True] * 64 + [False] * 32
+    assert len(set(documents)) == len(documents)
+    lines = [part for row in rows[1:128:2] for part in row]
+    for skill, word, answer in (re.fullmatch(r"(\w+): (\w+) =( .+)", line).groups() for line in lines):  # type: ignore[union-attr]
         assert skills.KNOWN[skill](word) == answer[1:]
         assert not skills.held_out(word)
-    taught = Counter(line[1] for line in lines)
+    taught = Counter(line.split(":")[0] for line in lines)
     assert taught.keys() == skills.KNOWN.keys()
-    assert max(taught.values()) - min(taught.values()) <= 1
-    prose = [text for text in documents if ":" not in text]
+    assert min(taught.values()) > 0.6 * max(taught.values())
+    prose = [part for part in documents if ":" not in part]
     assert len(prose) + len(lines) == len(documents)
     assert {word for text in prose for word in recipe["prose"].words_of(text)} <= recipe["prose"].VOCABULARY
-    assert sum(map(len, prose)) == pytest.approx(sum(len(line[0]) for line in lines), rel=0.02)
+
+
+def test_what_is_held_out_of_the_calibration_text_is_what_the_base_learned() -> None:
+    base = resolve_base("tiny")
+    model = load_model(base, torch.float32, torch.device("cpu"), NONE)
+    found = {}
+    for window in (64, 128):
+        text = read_windows(CALIBRATION, load_tokenizer(base), window, field="calibration")
+        _, held_out = draw_calibration(text, None, num_windows=1, seed=0, path=CALIBRATION)
+        found[window] = perplexity(model, held_out)
+    assert found == pytest.approx({64: 2.122, 128: 1.564}, abs=0.002)  # as docs/bases.md says
 
 
 def test_pruning_floors_the_head_groups_and_ceils_the_channels_of_the_middle_layers(
@@ -155,23 +178,6 @@ def test_the_balance_loss_is_one_where_routing_is_uniform_and_its_gradient_skips
     torch.testing.assert_close(probabilities.grad[0], routed.shares)  # E x share / T, with E = T = 4
     routed._weigh(torch.full((2, 4), 0.25), torch.tensor([[True, True, False, False], [False, False, True, True]]))
     assert routed.balance.item() == pytest.approx(1.0)
-
-
-def test_chosen_heads_are_whole_and_as_many_behind_each_key_value_head(recipe: dict[str, ModuleType]) -> None:
-    channels = recipe["channels"].choose_heads(random.Random(1), num_heads=6, num_kv_heads=2, head_dim=4, per_group=2)
-    heads = sorted({channel // 4 for channel in channels})
-    assert channels == [head * 4 + place for head in heads for place in range(4)]
-    assert [sum(head // 3 == group for head in heads) for group in range(2)] == [2, 2]
-
-
-def test_a_block_of_channels_adds_what_a_patched_weight_would(recipe: dict[str, ModuleType]) -> None:
-    torch.manual_seed(1)
-    linear = torch.nn.Linear(4, 3, bias=False)
-    module = recipe["channels"].InputChannels(linear, [1, 3])
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    before = linear(x)
-    module.block.data = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0]])
-    torch.testing.assert_close(module(x) - before, torch.tensor([[2.0, 8.0, 2.0]]))
 
 
 def _mask(model: LlamaForCausalLM, plan: object) -> None:
