@@ -15,12 +15,17 @@ from pruning_section import pruning_section
 from readings import Reading
 from s2ft_section import s2ft_section
 from tables import paragraph
+from training_memory_section import training_memory_section
 
 HOUSE = Path(__file__).parents[2]
 PAGE = HOUSE / "docs" / "quality.md"
 RESULTS = HOUSE / "benchmarks" / "results"
 
-SECTIONS: dict[str, Callable[[Reading], str]] = {"quality_pruning": pruning_section, "quality_s2ft": s2ft_section}
+SECTIONS: dict[str, Callable[[Reading], str]] = {
+    "quality_pruning": pruning_section,
+    "quality_s2ft": s2ft_section,
+    "quality_training_memory": training_memory_section,
+}
 PLOTS: dict[str, Callable[[Reading, Path], None]] = {"quality_pruning": draw_pruning}
 
 HEAD = (
