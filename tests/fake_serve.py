@@ -2,7 +2,7 @@
 
 FAKE_SERVE in the environment makes it misbehave: `dies` before it is ready, `hangs` before it is ready, `lies` about
 which adapter answered, `forgets` the skill swap, `unmixed` counts no mixed batch, `clings` to life on SIGTERM and
-starts a child that does too.
+starts a child that does too, and `nf4` refuses a base that is held otherwise.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ def serve(
             print(subprocess.Popen([sys.executable, "-c", DEADLY_SLEEP]).pid, file=pids)
     if any(name.startswith("MOTLEY_") for name in os.environ):
         print("error: the caller's own settings came along", file=sys.stderr)
+        raise typer.Exit(1)
+    if mode == "nf4" and quantize != "nf4":
+        print(f"error: the base is asked for in {quantize}", file=sys.stderr)
         raise typer.Exit(1)
     if mode == "dies":
         print("error: the base does not fit (TOO_SMALL)", file=sys.stderr)

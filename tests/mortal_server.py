@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from forked_servers import forked_server
 from motley_client import AdapterState, AsyncClient, UnavailableError, Visibility
-from motley_client.child_server import child_server
 
 CONFIG = "log_level = 'error'\n[engine]\nkv_cache_bytes = 16777216\nthreads = 1\n[limits]\ncollect_seconds = {}\n"
 PROMPT = "upper: cat ="
@@ -70,7 +70,7 @@ class MortalServer:
         """Run the server while the block runs, unless it is killed before."""
         arguments = ["--listen", self.address, "--config", str(self._folder / "motley.toml")]
         arguments += ["--base", "tiny", "--dtype", "float32", "--data-dir", str(self._folder / "data")]
-        async with child_server(arguments, self._folder) as server:
+        async with forked_server(arguments, self._folder) as server:
             self._pid = server.pid
             self.killed.clear()
             async with AsyncClient(server.address, timeout=60) as client:

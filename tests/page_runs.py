@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
+
+from motley_client import cli
+from typer.testing import CliRunner
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -33,3 +38,15 @@ async def run(script: str, folder: Path, address: str, *, status: int = 0) -> li
     out, err = await process.communicate()
     assert process.returncode == status, err.decode() or out.decode()
     return [line.strip() for line in out.decode().splitlines()]
+
+
+def run_here(script: str, folder: Path, address: str) -> list[str]:
+    """Run a block of nothing but `motley` commands as `run` does, in this process, which has imported it already."""
+    printed = []
+    for words in map(shlex.split, script.splitlines()):
+        assert words[0] == "motley"
+        with chdir(folder):
+            result = CliRunner().invoke(cli.app, words[1:], prog_name="motley", env={"MOTLEY_SERVER": address})
+        assert result.exit_code == 0, result.output
+        printed += [line.strip() for line in result.stdout.splitlines()]
+    return printed

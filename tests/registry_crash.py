@@ -1,15 +1,14 @@
 """The registry's work, done by processes of which each dies at another point, and what must hold of what it leaves.
 
-Run as a program, it has a process of its own do the work for every point there is, up to that point, and another one
-look at the outcome; it tells on its last line how that went. It is a small process without torch that forks, so that
-hundreds of lives take seconds. What is left must be what tenants saw before the act in which it happened, or after
+Run as a program, it has a process of its own do the work for each chosen point, up to that point, and another one look
+at the outcome; it tells on its last line how that went. It is a small process without torch that forks, so that a
+hundred lives take seconds. What is left must be what tenants saw before the act in which it happened, or after
 it; after it if the act was acknowledged.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from adapter_registry import as_listed, meaning
 from bundle_uploads import Adapter, bundles_in, paths_in
 from dying_registry import DIED, KILLED, DyingDatabase, DyingDisk, in_a_child
+from in_memory import MEMORY
 from motley_server.errors import NotFoundError
 from motley_server.registry.database import Database
 from motley_server.registry.disk import Disk
@@ -243,8 +243,20 @@ def points_of(root: Path) -> list[tuple[str, str]]:
     return [(act, change) for act, change in json.loads(lines[0])]
 
 
-def try_every_point(folder: Path, way: str) -> dict[str, object]:
-    """Let a process die at each point in turn, and return where they died and what was wrong then."""
+def chosen_points(points: list[tuple[str, str]], way: str, is_thorough: bool) -> list[int]:
+    """Return the numbers of all points; else of so many that every change is tried, and each kind of it in each act."""
+    numbers, tried = [], set[object]()
+    for number, (act, change) in enumerate(points):
+        if way == KILLED or act in ACTS_ON_DISK:
+            marks = {change, (act, change.split()[0])}
+            if is_thorough or not marks <= tried:
+                numbers.append(number)
+            tried |= marks
+    return numbers
+
+
+def try_points(folder: Path, way: str, is_thorough: bool) -> dict[str, object]:
+    """Let a process die at each chosen point in turn, and return where they died and what was wrong then."""
     template = folder / "template"
     # In this process, so that its children have all that is loaded on first use; nothing stays open.
     furnish(template)
@@ -253,9 +265,9 @@ def try_every_point(folder: Path, way: str) -> dict[str, object]:
     shutil.copytree(template, folder / "points")
     tried: list[tuple[str, str]] = []
     failures: list[str] = []
-    for number, (act, change) in enumerate(points_of(folder / "points")):
-        if way != KILLED and act not in ACTS_ON_DISK:
-            continue
+    points = points_of(folder / "points")
+    for number in chosen_points(points, way, is_thorough):
+        act, change = points[number]
         root = folder / str(number)
         shutil.copytree(template, root)
         disk = DyingDisk(number, root / STORE, way)
@@ -275,9 +287,8 @@ def try_every_point(folder: Path, way: str) -> dict[str, object]:
 def main() -> None:
     assert "torch" not in sys.modules
     # The death of a process asks nothing of a disk; and what power takes is taken back by hand.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="motley-crash-", dir=memory) as folder:
-        told = json.dumps(try_every_point(Path(folder), sys.argv[1]))
+    with tempfile.TemporaryDirectory(prefix="motley-crash-", dir=MEMORY) as folder:
+        told = json.dumps(try_points(Path(folder), sys.argv[1], "thorough" in sys.argv[2:]))
     assert "torch" not in sys.modules
     print(told)
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from in_memory import MEMORY
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.database import Database
 from motley_server.registry.keys import Keys
@@ -70,11 +71,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
+def make_database_url(backend: str, request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
     """Return a function that returns the URL of one more empty database."""
     if backend == "sqlite":
-        files = (tmp_path / f"registry-{number}.sqlite3" for number in itertools.count())
-        yield lambda: f"sqlite:///{next(files)}"
+        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+            files = (Path(folder) / f"registry-{number}.sqlite3" for number in itertools.count())
+            yield lambda: f"sqlite:///{next(files)}"
         return
     server = make_url(request.getfixturevalue("postgresql_server")).set(drivername="postgresql+psycopg")
     engine = create_engine(server, isolation_level="AUTOCOMMIT")

@@ -21,16 +21,30 @@ KINDS = {"next": "lora", "unvowel": "s2ft", "rotate": "goat", "previous": "loram
 KINDS_ON_PRUNED = {"next": "lora", "unvowel": "s2ft", "reverse": "lora", "swap": "lora"}
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def declare(root: Path) -> dict[str, str]:
     """Declare the fake `serve` and `base`, and a package with embedded adapters of which only the names matter."""
     for name in (*KINDS, *KINDS_ON_PRUNED, "unheard-of"):
-        folder = tmp_path / "motley_adapters" / "assets" / "tiny" / name
+        folder = root / "motley_adapters" / "assets" / "tiny" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "adapter_model.safetensors").write_text("")
-    (tmp_path / "motley_adapters" / "__init__.py").write_text("raise SystemExit('the demo imports no adapters')")
+    (root / "motley_adapters" / "__init__.py").write_text("raise SystemExit('the demo imports no adapters')")
     commands = {"serve": "fake_serve:serve", "base": "fake_base:base"}
-    return declare_commands(tmp_path, commands) | {"COLUMNS": "120"}
+    return declare_commands(root, commands) | {"COLUMNS": "120"}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return declare(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return what the demo prints on a wide terminal where nothing is amiss."""
+    environment = declare(tmp_path_factory.mktemp("shown"))
+    code, output, errors = run_demo(environment)
+    assert (code, errors) == (0, "")
+    assert_nothing_is_left(environment)
+    return output
 
 
 def start_demo(environment: Mapping[str, str], *arguments: str) -> subprocess.Popen[str]:
@@ -49,11 +63,8 @@ def run_demo(environment: Mapping[str, str], *arguments: str) -> tuple[int, str,
     return process.returncode, output, errors
 
 
-def test_it_shows_every_prompt_under_base_and_adapters_and_the_servers_counters(environment: dict[str, str]) -> None:
-    code, output, errors = run_demo(environment)
-
-    assert (code, errors) == (0, "")
-    lines = output.splitlines()
+def test_it_shows_every_prompt_under_base_and_adapters_and_the_servers_counters(shown: str) -> None:
+    lines = shown.splitlines()
     for skill in (*KINDS, "upper"):
         assert sum(line.startswith(f"│ {skill} ") for line in lines) == 6
     for name, kind in KINDS.items():
@@ -64,25 +75,27 @@ def test_it_shows_every_prompt_under_base_and_adapters_and_the_servers_counters(
     assert any("forward passes" in line and " 6 " in line for line in lines)
     assert any("generated tokens" in line and " 210 " in line for line in lines)
     assert any("distinct adapters in a pass" in line and " 4 " in line for line in lines)
-    assert_nothing_is_left(environment)
 
 
-def test_every_column_is_readable_on_a_narrow_terminal(environment: dict[str, str]) -> None:
-    wide, narrow = (run_demo(environment | {"COLUMNS": columns})[1] for columns in ("120", "80"))
+def test_on_a_narrow_terminal_every_column_is_readable_and_a_quantized_base_is_asked_for_and_named(
+    environment: dict[str, str], shown: str
+) -> None:
+    code, narrow, errors = run_demo(environment | {"COLUMNS": "80", "FAKE_SERVE": "nf4"}, "--quantize", "nf4")
 
+    assert (code, errors) == (0, "")
     assert "…" not in narrow
     assert max(map(len, narrow.splitlines())) <= 80
-    assert table_rows(narrow) == table_rows(wide)
+    assert table_rows(narrow) == table_rows(shown)
     assert len(table_rows(narrow)) == 35
+    assert "the tiny base in nf4" in narrow
+    assert "the tiny base in" not in shown
 
 
-def test_a_fusion_answers_both_skills_and_names_both_adapters_with_their_weights(environment: dict[str, str]) -> None:
-    _, output, _ = run_demo(environment)
-
-    lines = output.splitlines()
+def test_a_fusion_answers_both_skills_and_names_both_adapters_with_their_weights(shown: str) -> None:
+    lines = shown.splitlines()
     fused = [place for place, line in enumerate(lines) if re.search(r"next@1 .* 0\.9 +│", line)]
     assert len(fused) == 5
-    assert all(re.search(r"│ +│ unvowel@1 .* s2ft +│ 0\.8 +│", lines[place + 1]) for place in fused)
+    assert all(re.search(r"│ +│ unvowel@1 .* s2ft +│ 0\.9 +│", lines[place + 1]) for place in fused)
     assert [lines[place].split()[1] for place in fused if "yes" in lines[place]] == ["next", "unvowel"]
 
 
@@ -160,8 +173,14 @@ def test_a_missing_adapter_is_named(environment: dict[str, str], tmp_path: Path)
     assert errors.startswith("error: there are no embedded adapters rotate to show")
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(("hangs", "arguments"), [("FAKE_SERVE", []), ("FAKE_BASE", ["--pruned"])])
+@pytest.mark.parametrize(
+    ("hangs", "arguments", "sent", "code"),
+    [
+        ("FAKE_SERVE", [], signal.SIGINT, 130),
+        ("FAKE_SERVE", [], signal.SIGTERM, 143),
+        ("FAKE_BASE", ["--pruned"], signal.SIGTERM, 143),
+    ],
+)
 def test_a_signal_ends_it_and_its_child(
     environment: dict[str, str], hangs: str, arguments: list[str], sent: signal.Signals, code: int
 ) -> None:
@@ -237,7 +256,8 @@ def test_the_real_demo_keeps_every_promise_and_leaves_nothing_running(tmp_path: 
     assert not any(str(tmp_path).encode() in command for command in commands)
 
 
-@pytest.mark.parametrize("quantize", ["nf4", pytest.param("int8", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_the_demo_keeps_its_promises_over_a_quantized_base(tmp_path: Path, quantize: str) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
     status, output, errors = run_demo(environment, "--quantize", quantize)

@@ -67,6 +67,7 @@ def test_sixteen_adapters_share_every_forward_pass(harness: Harness) -> None:
     assert set(calls.values()) == {num_passes}
 
 
+@pytest.mark.usefixtures("two_threads")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_neighbours_change_nobody_s_tokens(harness: Harness, data: st.DataObject) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motley_adapters.formats import TENSOR_FILE
 
-NUM_CASES = 1500
+NUM_CASES = 800
 NUM_SOAK_CASES = 60_000
 FIXED = settings(
     derandomize=True,

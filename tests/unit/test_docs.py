@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_servers import blocking_forked_server
+from motley_client import cli
 from motley_client import settings as client_settings
 from motley_client.endpoint import DEFAULT_ADDRESS
 from motley_server import config as server_config
+from typer.testing import CliRunner
 
 HOUSE = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -23,7 +26,6 @@ EMBEDDED = HOUSE / "adapters" / "motley_adapters" / "assets" / "tiny"
 DOCUMENTS = sorted([*HOUSE.glob("*.md"), *(HOUSE / "docs").rglob("*.md")])
 # Each block stands on those before it: tests/integration/test_docs_publish.py and test_docs_training.py run these.
 IN_ORDER = {HOUSE / "docs" / "publish.md", HOUSE / "docs" / "training.md"}
-START_SECONDS = 120
 
 # Commands that no test of this file runs, and why that is enough. `make TARGET` is checked to be a target.
 ACCOUNTED = {
@@ -66,45 +68,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the embedded base and adapters on a free port, and give its address."""
     folder = tmp_path_factory.mktemp("docs")
     adapters = [f"--adapter={path.name}={path}" for path in sorted(EMBEDDED.iterdir()) if path.is_dir()]
-    command = [str(BIN / "motley"), "serve", "--base", "tiny", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-    with (folder / "server.log").open("w+") as log:
-        process = subprocess.Popen(
-            [*command, "--data-dir", str(folder / "data"), *adapters],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=_environment(),
-        )
-        try:
-            assert process.stdout is not None
-            address = next((line.split()[-1] for line in process.stdout if line.startswith("ready on ")), None)
-            assert address is not None, (folder / "server.log").read_text()
-            yield address
-        finally:
-            process.terminate()
-            process.wait(timeout=START_SECONDS)
-            if process.stdout is not None:
-                process.stdout.close()
+    arguments = ["--base", "tiny", "--metrics", "127.0.0.1:0", "--data-dir", str(folder / "data"), *adapters]
+    with blocking_forked_server(arguments, folder) as server:
+        yield server.address
 
 
-def _environment(**extra: str) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MOTLEY_")}
-    return {**kept, "PATH": f"{BIN}{os.pathsep}{kept['PATH']}", **extra}
+    return {**kept, "PATH": f"{BIN}{os.pathsep}{kept['PATH']}"}
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_a_documented_command_works(server: str, command: str) -> None:
+def test_a_documented_command_works(server: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shlex.split(command)[0] in {"motley", ".venv/bin/motley"}, "neither a command of ours nor accounted for"
-    result = subprocess.run(
-        shlex.split(command.replace(".venv/bin/motley", "motley").replace("127.0.0.1:8470", server)),
-        cwd=HOUSE,
-        env=_environment(MOTLEY_SERVER=server),
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        check=False,
-    )
-    assert (result.returncode, result.stderr) == (0, "")
+    monkeypatch.chdir(HOUSE)
+    for name in [name for name in os.environ if name.startswith("MOTLEY_")]:
+        monkeypatch.delenv(name)
+    words = shlex.split(command.replace("127.0.0.1:8470", server))
+    result = CliRunner().invoke(cli.app, words[1:], prog_name="motley", env={"MOTLEY_SERVER": server})
+    assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.strip()
 
 

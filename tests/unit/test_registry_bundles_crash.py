@@ -8,17 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import bundle_uploads
 import pytest
 from breaking_disk import BreakingDisk, Crash
 from bundle_uploads import EMPTY, Adapter, bundles_in, paths_in, send, upload
+from in_memory import MEMORY
 from motley_server.registry.bundles import BundleStore
 from motley_server.registry.disk import Disk
 
 OLD, NEW, GONE, HALF = Adapter("old"), Adapter("new"), Adapter("gone"), Adapter("half")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Make a folder in memory: the death of a process asks nothing of a disk, and power is taken away by hand."""
+    with TemporaryDirectory(dir=MEMORY) as name:
+        yield Path(name)
 
 
 class Told:
@@ -105,12 +114,12 @@ def check_after(root: Path, told: Told) -> None:
     store.close()
 
 
-def test_stopped_at_every_change_nothing_acknowledged_is_lost_and_nothing_stays_behind(tmp_path: Path) -> None:
+def test_stopped_at_every_change_nothing_acknowledged_is_lost_and_nothing_stays_behind(folder: Path) -> None:
     points = 0
     for act in ACTS:
         number, is_done = 0, False
         while not is_done:
-            root = tmp_path / f"{act.__name__}-{number}"
+            root = folder / f"{act.__name__}-{number}"
             furnish(root)
             disk = BreakingDisk(stop_at=number)
             told, is_done = run_until(act, root, disk)
@@ -126,11 +135,11 @@ def test_stopped_at_every_change_nothing_acknowledged_is_lost_and_nothing_stays_
 @pytest.mark.parametrize("with_names", [True, False])
 @pytest.mark.parametrize("act", [upload_new, upload_what_is_there])
 def test_without_power_at_any_change_what_was_acknowledged_is_there(
-    tmp_path: Path, act: Callable[[BundleStore, Told], None], with_names: bool
+    folder: Path, act: Callable[[BundleStore, Told], None], with_names: bool
 ) -> None:
     number, is_done = 0, False
     while not is_done:
-        root = tmp_path / str(number)
+        root = folder / str(number)
         furnish(root)
         disk = BreakingDisk(stop_at=number)
         told, is_done = run_until(act, root, disk)
@@ -139,12 +148,12 @@ def test_without_power_at_any_change_what_was_acknowledged_is_there(
         number += 1
 
 
-def test_a_commit_that_was_stopped_before_its_name_was_safe_makes_it_safe_when_repeated(tmp_path: Path) -> None:
-    furnish(tmp_path)
+def test_a_commit_that_was_stopped_before_its_name_was_safe_makes_it_safe_when_repeated(folder: Path) -> None:
+    furnish(folder)
     disk = BreakingDisk()
-    run_until(upload_new, tmp_path, disk)
+    run_until(upload_new, folder, disk)
     renamed = disk.changes.index("rename files")
-    other = tmp_path / "other"
+    other = folder / "other"
     furnish(other)
     run_until(upload_new, other, BreakingDisk(stop_at=renamed + 1))
     assert NEW.digest in bundles_in(other)
@@ -154,9 +163,9 @@ def test_a_commit_that_was_stopped_before_its_name_was_safe_makes_it_safe_when_r
     assert "fsync bundles" in repeated.changes
 
 
-def test_files_are_synced_before_a_bundle_has_its_name_and_both_folders_after_it(tmp_path: Path) -> None:
+def test_files_are_synced_before_a_bundle_has_its_name_and_both_folders_after_it(folder: Path) -> None:
     disk = BreakingDisk()
-    run_until(upload_new, tmp_path, disk)
+    run_until(upload_new, folder, disk)
     before = disk.changes[: disk.changes.index("rename files")]
     written = max(number for number, change in enumerate(before) if change == "write")
     assert "fsync adapter_model.safetensors" in before[written:]
@@ -164,10 +173,10 @@ def test_files_are_synced_before_a_bundle_has_its_name_and_both_folders_after_it
     assert disk.changes[len(before) + 1 :] == ["fsync bundles", "fsync new"]
 
 
-def test_bytes_that_an_earlier_process_left_are_synced_before_they_count(tmp_path: Path) -> None:
-    furnish(tmp_path)
+def test_bytes_that_an_earlier_process_left_are_synced_before_they_count(folder: Path) -> None:
+    furnish(folder)
     disk = BreakingDisk()
-    store = BundleStore(tmp_path, disk)
+    store = BundleStore(folder, disk)
     assert dict(store.committed("half")) == {"adapter_config.json": 1, "adapter_model.safetensors": 0}
     assert "fsync adapter_config.json" in disk.changes
     store.close()
@@ -186,9 +195,9 @@ class FailingFsync(Disk):
         super().fsync(file)
 
 
-def test_what_a_failed_sync_may_have_dropped_does_not_count_and_is_sent_again(tmp_path: Path) -> None:
+def test_what_a_failed_sync_may_have_dropped_does_not_count_and_is_sent_again(folder: Path) -> None:
     disk = FailingFsync()
-    store = BundleStore(tmp_path, disk)
+    store = BundleStore(folder, disk)
     store.begin("new", NEW.files)
     name, data = "adapter_model.safetensors", NEW.contents["adapter_model.safetensors"]
     store.append("new", name, 0, data[:5])
@@ -204,10 +213,10 @@ def test_what_a_failed_sync_may_have_dropped_does_not_count_and_is_sent_again(tm
     store.close()
 
 
-def test_what_a_failed_sync_may_have_dropped_of_an_earlier_process_does_not_count(tmp_path: Path) -> None:
-    furnish(tmp_path)
+def test_what_a_failed_sync_may_have_dropped_of_an_earlier_process_does_not_count(folder: Path) -> None:
+    furnish(folder)
     disk = FailingFsync()
-    store = BundleStore(tmp_path, disk)
+    store = BundleStore(folder, disk)
     disk.fails = True
     with pytest.raises(OSError, match="Input/output"):
         store.committed("half")
@@ -218,8 +227,8 @@ def test_what_a_failed_sync_may_have_dropped_of_an_earlier_process_does_not_coun
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_while_it_writes_every_acknowledged_bundle_is_whole(tmp_path: Path, seed: int) -> None:
-    root = tmp_path / f"root{seed}"
+def test_killed_while_it_writes_every_acknowledged_bundle_is_whole(folder: Path, seed: int) -> None:
+    root = folder / f"root{seed}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, bundle_uploads.__file__, str(root)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

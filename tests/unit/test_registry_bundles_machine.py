@@ -10,6 +10,7 @@ from bundle_uploads import Adapter, bundles_in
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from in_memory import MEMORY
 from motley_server.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError, OutOfRangeError
 from motley_server.registry.bundles import BundleStore
 
@@ -36,7 +37,7 @@ class Account:
 class Bundles(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp())
+        self.root = Path(tempfile.mkdtemp(dir=MEMORY))
         self.store = BundleStore(self.root)
         self.uploads: dict[str, Account] = {}
         self.bundles: set[str] = set()

@@ -223,6 +223,7 @@ def test_units_that_no_site_takes_fail_their_load_and_nothing_else() -> None:
     house.pin("b")
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_the_owner_never_waits_for_a_slow_source_and_no_more_than_so_many_loads_wait_for_it() -> None:
     house = House(*letters(16), room=20, host_bytes=0)
     house.source.open.clear()
@@ -236,7 +237,7 @@ def test_the_owner_never_waits_for_a_slow_source_and_no_more_than_so_many_loads_
     for digest in LETTERS[:16]:
         house.pin(digest)
     assert house.source.threads == {("adapter loader", 1)}
-    assert torch.get_num_threads() == threads_of_a_new_thread()
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 2
 
 
 def threads_of_a_new_thread() -> int:
