@@ -3,8 +3,8 @@
 MODE says what becomes of it: `passes`, `rejects`, `fails`, `mumbles` why it failed, `dies` (each time, after a
 checkpoint), `dies-once`, `crashes` (with a traceback, at exit code 1), `babbles` lines that mean nothing before it
 passes, `hurries` through a thousand steps, `waits` for SIGTERM and passes the next time, `lingers` before it obeys
-that, `clings` to life, `eats` memory, `lies` about a result, `leaves` a process behind that holds its pipes. Imports
-little: it is started often.
+that, `lacks-REASON` what that says until its second start, `clings` to life, `eats` memory, `lies` about a result,
+`leaves` a process behind that holds its pipes. Imports little: it is started often.
 """
 
 import json
@@ -59,6 +59,10 @@ def babble() -> None:
 
 def misbehave() -> int | None:
     """Do what the mode says that no good job does, and return the exit code if that is the end of it."""
+    if MODE.startswith("lacks-") and not CHECKPOINTS.exists():
+        checkpoint(1)
+        say(failed={"reason": MODE.removeprefix("lacks-"), "message": "there is none"})
+        return 1
     match MODE:
         case "fails":
             say(failed={"reason": "LOSS_NOT_FINITE", "message": "the loss is nan", "field": "optimizer.learning_rate"})

@@ -60,6 +60,7 @@ class FakeWorkerService(FakeService, WorkerServiceServicer):
         self.adapters = adapters or FakeAdapterService()
         self.lease_seconds = lease_seconds
         self.base = BASE
+        self.quantization, self.terms_digest = "nf4", ""
         self.workers: dict[str, training_pb2.RegisterWorkerRequest] = {}
         self.datasets: dict[str, bytes] = {}
         self.jobs: dict[str, FakeJob] = {}
@@ -109,7 +110,8 @@ class FakeWorkerService(FakeService, WorkerServiceServicer):
         if request.base_fingerprint != self.base:
             self.abort(context, refusal(grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH", "base_fingerprint"))
         self.workers[request.name] = request
-        response = training_pb2.RegisterWorkerResponse(quantization="nf4", dtype="bfloat16")
+        response = training_pb2.RegisterWorkerResponse(quantization=self.quantization, dtype="bfloat16")
+        response.terms_digest = self.terms_digest
         response.lease_duration.FromMilliseconds(int(self.lease_seconds * 1000))
         return response
 
@@ -135,7 +137,8 @@ class FakeWorkerService(FakeService, WorkerServiceServicer):
         job.state, job.taken, job.expires = "running", 0, time.monotonic() + self.lease_seconds
         shown = training_pb2.TrainingJob(id=job.id, spec=job.spec, worker=worker, base_fingerprint=self.base)
         shown.cancel_requested = job.cancel_requested
-        return training_pb2.Lease(job=shown, token=job.tokens[-1], upload_id=f"upload-of-{job.id}")
+        upload = f"upload-of-{job.id}"
+        return training_pb2.Lease(job=shown, token=job.tokens[-1], upload_id=upload, terms_digest=self.terms_digest)
 
     def _held(self, context: Any) -> FakeJob:
         """Return the job of the caller's lease."""

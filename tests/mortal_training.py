@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from forked_servers import forked_server
 from job_folders import make_job
 from motley_client import (
     AdapterVersion,
@@ -33,7 +34,6 @@ from motley_client import (
     TrainingSpec,
 )
 from motley_client.child_process import child_process
-from motley_client.child_server import child_server
 from motley_client.convert_training_spec import spec_json
 from motley_trainer.worker.work import child_environ
 
@@ -68,7 +68,7 @@ class MortalTraining:
         await self._server.aclose()
         arguments = ["--listen", self.address, "--config", str(self.folder / "motley.toml")]
         arguments += ["--base", "tiny", "--dtype", "float32", "--data-dir", str(self.folder / "data")]
-        server = await self._server.enter_async_context(child_server(arguments, self.folder))
+        server = await self._server.enter_async_context(forked_server(arguments, self.folder))
         self._server_pid = server.pid
         await eventually(self._answers)
 

@@ -175,6 +175,7 @@ async def serving(
     base: BaseSpec | None = None,
     trains: bool = True,
     folder: Path | None = None,
+    max_job_duration: timedelta | None = None,
 ) -> AsyncIterator[Shell]:
     """Serve a scripted engine and connect to it; under TLS, callers bring a channel of their own.
 
@@ -190,7 +191,8 @@ async def serving(
     admission = Admission(engine, base, tokenizer, library.sets, limits, metrics, Quotas(metrics))
     facts = make_facts(base, max_message_bytes, max_prompt_bytes)
     registry = library.tenancy
-    training = Training(folder, registry.database, TrainingLimits(MAX_DATASET_BYTES, timedelta(seconds=30)), metrics)
+    bounds = TrainingLimits(MAX_DATASET_BYTES, timedelta(seconds=30), 8 * MAX_DATASET_BYTES, max_job_duration)
+    training = Training(folder, registry.database, bounds, metrics)
     identity = KeyIdentity(
         registry.database, registry.keys, registry.quotas, demands_key=auth, leases=training.leases if trains else None
     )

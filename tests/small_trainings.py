@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from adapter_files import spec_of
 from architectures import build_model
-from motley_bases.spec import BaseSpec
+from motley_bases.spec import BaseSpec, LayerSpec
 from motley_trainer.data.samples import Sample
-from motley_trainer.data.training_data import DataReport, TrainingData
+from motley_trainer.data.training_data import DataReport, TrainingData, batches_of
 from motley_trainer.job.captured import buffers_of
 from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
 from motley_trainer.job.loop import Training, train
@@ -65,10 +65,12 @@ class SmallTraining:
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
-        self.base: BaseSpec = spec_of(self.model)
+        config = self.model.config
+        layer = LayerSpec(config.num_attention_heads, config.num_key_value_heads, config.head_dim, None)
+        self.base: BaseSpec = replace(spec_of(self.model), layers=(layer,) * config.num_hidden_layers)
 
     def attach(self, resumed: Checkpoint | None = None) -> Attached:
-        context = Context(self.base, self.spec.seed, lambda count: [])
+        context = Context(self.base, self.spec.seed, lambda count: batches_of(self.data.at(0, count), count))
         self.attached = method_of(self.spec).attach(
             self.model, context, None if resumed is None else buffers_of(resumed)
         )

@@ -159,10 +159,10 @@ async def hands_of(shell: Shell, worker: str = "worker-1", **options: Any) -> Ha
     return Hands(shell, held)
 
 
-async def at_work(shell: Shell, spec: pb.TrainingSpec | None = None) -> Hands:
-    """Queue a job, and put it into a worker's hands."""
+async def at_work(shell: Shell, spec: pb.TrainingSpec | None = None, **options: Any) -> Hands:
+    """Queue a job, and put it into a worker's hands, by the worker's own key if one is given."""
     await queue(shell, spec)
-    return await hands_of(shell)
+    return await hands_of(shell, **options)
 
 
 async def worker_key(shell: Shell) -> Metadata:

@@ -25,7 +25,7 @@ LEASE = timedelta(seconds=60)
 BASE = f"sha256:{'b' * 64}"
 NO_LIMITS = Quota()
 TABLES = (
-    *("tenants", "datasets", "dataset_uploads", "jobs", "job_events", "workers", "leases", "training_turns"),
+    *("tenants", "datasets", "dataset_uploads", "jobs", "job_events", "workers", "leases", "training_turns", "keys"),
     *("requests", "adapters", "adapter_versions", "uploads"),
 )  # fmt: skip
 
@@ -92,12 +92,14 @@ class Training:
         new = NewJob(owner=owner, datasets=digests, reads=("public/other",), **said | other)
         return self.jobs.create(new, quota, request_id=request_id, scope=owner)
 
-    def register(self, name: str = "w", methods: Sequence[str] = ("lora", "s2ft"), base: str = BASE) -> None:
-        self.workers.register(NewWorker(name, "key", tuple(methods), base, "cpu", "1.0"))
+    def register(
+        self, name: str = "w", methods: Sequence[str] = ("lora", "s2ft"), base: str = BASE, key_id: str = ""
+    ) -> None:
+        self.workers.register(NewWorker(name, key_id, tuple(methods), base, "cpu", "1.0"))
 
-    def lease(self, name: str = "w") -> Leased:
+    def lease(self, name: str = "w", key_id: str = "") -> Leased:
         """Have a worker take the next job, which must be there."""
-        leased = self.leases.lease(name)
+        leased = self.leases.lease(name, key_id)
         assert leased is not None
         return leased
 

@@ -31,6 +31,8 @@ FAST = Timings(
     grace_seconds=10.0,
     watch_seconds=0.01,
     goodbye_seconds=0.5,
+    first_fault_seconds=0.02,
+    last_fault_seconds=0.05,
 )
 
 

@@ -239,14 +239,24 @@ async def _start_training(
 ) -> Training | None:
     if not config.training.enabled:
         return None
-    limits = TrainingLimits(config.training.max_dataset_bytes, timedelta(seconds=config.training.lease_seconds))
     try:
-        training = Training(config.data_dir, database, limits, metrics)
+        training = Training(config.data_dir, database, _training_limits(config), metrics)
     except BundleStoreError as error:
         raise StartError(f"data_dir: {error.reason}: {error}") from error
     resources.push_async_callback(training.stop)
     training.start(config.limits.collect_seconds)
     return training
+
+
+def _training_limits(config: ServerConfig) -> TrainingLimits:
+    asked = config.training
+    return TrainingLimits(
+        asked.max_dataset_bytes,
+        timedelta(seconds=asked.lease_seconds),
+        max_dataset_bytes_total=asked.max_dataset_bytes_total,
+        max_job_duration=timedelta(seconds=asked.max_job_seconds) or None,
+        ended_jobs_kept=timedelta(days=asked.keep_jobs_days) or None,
+    )
 
 
 def _put_named(config: ServerConfig, shelf: Shelf) -> None:

@@ -87,7 +87,10 @@ class TrainingConfig:
 
     enabled: bool = True
     max_dataset_bytes: int = 256 * MIB
+    max_dataset_bytes_total: int = 16 * 1024 * MIB  # of a tenant's datasets together
     lease_seconds: float = 30.0  # without a word from its worker
+    max_job_seconds: float = 86400.0  # in workers' hands; 0 is no limit
+    keep_jobs_days: float = 90.0  # from a job's end; 0 keeps them
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,10 @@ PARSERS: Mapping[str, Parser] = MappingProxyType({
     "limits.collect_seconds": number(0.1, 86400),
     "training.enabled": flag,
     "training.max_dataset_bytes": integer(1, 2**40),
+    "training.max_dataset_bytes_total": integer(1, 2**50),
     "training.lease_seconds": number(1, 3600),
+    "training.max_job_seconds": number(0, 10**8),
+    "training.keep_jobs_days": number(0, 36500),
     "tls.cert": optional_path,
     "tls.key": optional_path,
 })  # fmt: skip

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from forked_servers import forked_server
 from motley_adapters.export import export_s2ft_as_lora
 from motley_bases.checkpoint import resolve_base
 from motley_bases.loader import load_base
 from motley_client import AsyncClient, Score
 from motley_client.child_process import child_process
-from motley_client.child_server import child_server
 from page_runs import blocks, run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,7 +78,7 @@ async def read(page: str, folder: Path) -> Seen:
     data = ["--data-dir", str(folder / "data"), "--dtype", "float32"]
     second = folder / "second"
     second.mkdir()
-    async with child_server([*shlex.split(serve)[2:], *data], folder) as server:
+    async with forked_server([*shlex.split(serve)[2:], *data], folder) as server:
         at = ("--server", server.address)
         async with worker(work, folder, *at), AsyncClient(server.address, timeout=60) as client:
             await run("python data.py", folder, server.address)

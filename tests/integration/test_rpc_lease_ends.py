@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import grpc
 import pytest
 from adapter_calls import committed, read_all, refused
-from motley.v1 import adapter_pb2, server_pb2, training_pb2
+from motley.v1 import adapter_pb2, server_pb2, tenant_pb2, training_pb2
+from motley_server.app import _training_limits
+from motley_server.config import ServerConfig, TrainingConfig
 from motley_server.errors import UnavailableError
 from motley_server.training import keeper
+from motley_server.training.opening import TrainingLimits
 from rpc_harness import eventually, serving
 from training_calls import (
     Hands,
@@ -19,6 +23,8 @@ from training_calls import (
     get,
     hands_of,
     let_pass,
+    spec_with,
+    worker_key,
 )
 from upload_streams import FINISH as UPLOAD_FINISH
 from upload_streams import chunks_of, header_of, paper_files, whole
@@ -65,17 +71,25 @@ async def let_end(work: Hands) -> None:
     await work.end(pb.JOB_STATE_REJECTED)
 
 
+async def let_the_key_be_revoked(work: Hands) -> None:
+    tenants = work.shell.tenants
+    (key,) = (await tenants.ListKeys(tenant_pb2.ListKeysRequest(tenant_id="local"))).keys
+    await tenants.RevokeKey(tenant_pb2.RevokeKeyRequest(key_id=key.id))
+    assert (await get(work.shell, work.held.job.id)).state == pb.JOB_STATE_QUEUED
+
+
 async def let_give_back(work: Hands) -> None:
     await work.end(pb.JOB_STATE_QUEUED)
 
 
-@pytest.mark.parametrize(
-    "over", [let_expire, let_another_have_it, let_end, let_give_back], ids=lambda value: value.__name__
-)
+OVER = [let_expire, let_another_have_it, let_end, let_the_key_be_revoked]
+
+
+@pytest.mark.parametrize("over", [*OVER, let_give_back], ids=lambda value: value.__name__)
 def test_a_token_is_good_for_nothing_once_its_lease_is_over(over: Callable[[Hands], Awaitable[None]]) -> None:
     async def scenario() -> None:
         async with serving() as shell:
-            work = await at_work(shell)
+            work = await at_work(shell, metadata=await worker_key(shell))
             await over(work)
             for call in calls_by(work):
                 assert await met(call) == Ended
@@ -84,11 +98,11 @@ def test_a_token_is_good_for_nothing_once_its_lease_is_over(over: Callable[[Hand
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("over", [let_expire, let_another_have_it, let_end], ids=lambda value: value.__name__)
+@pytest.mark.parametrize("over", OVER, ids=lambda value: value.__name__)
 def test_a_late_stream_makes_no_version(over: Callable[[Hands], Awaitable[None]]) -> None:
     async def scenario() -> None:
         async with serving() as shell:
-            work, gate = await at_work(shell), asyncio.Event()
+            work, gate = await at_work(shell, metadata=await worker_key(shell)), asyncio.Event()
             files = paper_files()
 
             async def slow() -> AsyncIterator[adapter_pb2.UploadAdapterRequest]:
@@ -188,3 +202,54 @@ def test_a_second_attempt_publishes_what_the_first_could_not() -> None:
         await work.shell.training.keeper.end_leases()
 
     asyncio.run(scenario())
+
+
+def test_a_job_that_workers_have_had_for_too_long_fails_and_its_worker_is_told() -> None:
+    async def scenario() -> None:
+        async with serving(max_job_duration=timedelta(seconds=40)) as shell:
+            work = await at_work(shell)
+            let_pass(shell, 20)
+            await work.report(pb.JobEvent(stage="one"))
+            let_pass(shell, 21)
+            assert await met(work.report(pb.JobEvent(stage="two"), num_reported=1)) == Ended
+            job = await get(shell, work.held.job.id)
+            assert (job.state, job.reason) == (pb.JOB_STATE_FAILED, "TIME_LIMIT")
+            assert shell.count("motley_training_jobs_ended_total", method="lora", state="failed") == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_keeps_aliases_moves_none() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            work = await at_work(shell, spec_with(publish={"keep_aliases": True}))
+            assert await met(work.publish(aliases=["prod"])) == (Code.PERMISSION_DENIED, "OUTSIDE_LEASE")
+            version = await work.publish()
+            await work.end(pb.JOB_STATE_SUCCEEDED)
+            adapter = (await shell.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name="trained@1"))).adapter
+            assert (version.version, list(adapter.aliases)) == (1, [])
+            assert (await get(shell, work.held.job.id)).version.version == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_keeper_forgets_jobs_that_ended_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            work = await at_work(shell)
+            await work.end(pb.JOB_STATE_FAILED)
+            let_pass(shell, 86_401)
+            await shell.training.keeper.collect()  # which keeps all, unless it is told not to
+            await get(shell, work.held.job.id)
+            monkeypatch.setattr(shell.training.keeper, "_ended_jobs_kept", timedelta(days=1))
+            await shell.training.keeper.collect()
+            assert await met(get(shell, work.held.job.id)) == (Code.NOT_FOUND, "JOB_NOT_FOUND")
+
+    asyncio.run(scenario())
+
+
+def test_the_limits_of_training_are_those_of_the_configuration() -> None:
+    limits = _training_limits(ServerConfig(training=TrainingConfig(True, 1, 2, 3.0, 4.0, 5.0)))
+    assert limits == TrainingLimits(1, timedelta(seconds=3), 2, timedelta(seconds=4), timedelta(days=5))
+    unlimited = _training_limits(ServerConfig(training=TrainingConfig(max_job_seconds=0, keep_jobs_days=0)))
+    assert (unlimited.max_job_duration, unlimited.ended_jobs_kept) == (None, None)

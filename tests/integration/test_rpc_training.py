@@ -14,6 +14,7 @@ import pytest
 from adapter_calls import key_of, refused
 from google.protobuf.duration_pb2 import Duration
 from motley.v1 import tenant_pb2, training_pb2
+from motley_server.rpc.training_sizes import least_adapter_bytes
 from rpc_harness import Shell, eventually, make_base, serving
 from training_calls import (
     DATA,
@@ -221,6 +222,27 @@ def test_a_quota_of_jobs_counts_those_that_have_not_ended() -> None:
             )  # fmt: skip
             await cancel(shell, first.id, metadata=theirs)
             await create(shell, metadata=theirs)
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_that_will_not_fit_the_quota_is_refused_before_it_is_trained() -> None:
+    least = least_adapter_bytes(spec_with(), make_base())
+
+    async def scenario() -> None:
+        async with serving() as shell:
+            theirs = await key_of(shell, "acme")
+            await send(shell, whole_dataset(DATA), metadata=theirs)
+            for limit, fits in ((least - 1, False), (least, True)):
+                change = tenant_pb2.UpdateTenantRequest(id="acme", quota=tenant_pb2.Quota(adapter_bytes=limit))
+                await shell.tenants.UpdateTenant(change)
+                if fits:
+                    await create(shell, metadata=theirs)
+                    continue
+                refusal = await refused(create(shell, metadata=theirs))
+                assert (refusal.code, refusal.reason, refusal.field) == (
+                    Code.RESOURCE_EXHAUSTED, "QUOTA_ADAPTER_BYTES", "quota.adapter_bytes",
+                )  # fmt: skip
 
     asyncio.run(scenario())
 

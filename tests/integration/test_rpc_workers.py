@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -11,8 +14,10 @@ import pytest
 from adapter_calls import refused
 from google.protobuf.duration_pb2 import Duration
 from motley.v1 import training_pb2
+from motley_bases.spec import BaseSpec
 from motley_server.registry.job_records import Leased
-from rpc_harness import Shell, eventually, serving
+from motley_server.rpc.worker_terms import terms_of
+from rpc_harness import Shell, eventually, make_base, serving
 from training_calls import (
     DATA,
     FINGERPRINT,
@@ -26,6 +31,7 @@ from training_calls import (
     send,
     spec_with,
     whole_dataset,
+    worker_key,
 )
 
 Code = grpc.StatusCode
@@ -48,6 +54,49 @@ def test_a_worker_is_told_how_the_base_is_held_and_for_how_long_a_lease_is() -> 
             answer = await register(shell)
             assert (answer.quantization, answer.dtype) == ("none", "float32")
             assert answer.lease_duration == Duration(seconds=30)
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_repeats_the_digest_of_the_terms_and_other_terms_have_another() -> None:
+    async def digests(base: BaseSpec) -> tuple[str, str]:
+        async with serving(base=base) as shell:
+            told = await register(shell)
+            await queue(shell)
+            held = await lease(shell)
+            assert held is not None
+            return told.terms_digest, held.terms_digest
+
+    async def scenario() -> None:
+        plain = make_base()
+        told, held = await digests(plain)
+        assert told == held
+        assert re.fullmatch("sha256:[0-9a-f]{64}", told)
+        assert (await digests(replace(plain, quantization="nf4")))[1] not in ("", told)
+
+    asyncio.run(scenario())
+
+
+def test_every_term_is_in_the_digest() -> None:
+    base, seconds = make_base(), timedelta(seconds=30)
+    ways = [(base, seconds), (base, seconds * 2)]
+    ways += [(replace(base, **{name: "other"}), seconds) for name in ("fingerprint", "quantization", "dtype")]
+    assert len({terms_of(*way).terms_digest for way in ways}) == 5
+    assert terms_of(make_base(), seconds) == terms_of(base, seconds)
+
+
+def test_a_worker_of_another_key_is_lent_nothing() -> None:
+    async def scenario() -> None:
+        async with serving() as shell:
+            mine, theirs = await worker_key(shell), await worker_key(shell)
+            await queue(shell)
+            await register(shell, metadata=mine)
+            for options in ({"metadata": theirs}, {}):
+                refusal = await refused(lease(shell, **options))
+                assert (refusal.code, refusal.reason, refusal.field) == (
+                    Code.PERMISSION_DENIED, "WORKER_OF_ANOTHER_KEY", "worker",
+                )  # fmt: skip
+            assert await lease(shell, metadata=mine) is not None
 
     asyncio.run(scenario())
 

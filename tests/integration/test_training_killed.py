@@ -101,16 +101,17 @@ def test_whatever_is_killed_at_random_instants_the_same_bytes_are_published_once
     """The instants are between a job's creation and the moment at which an undisturbed one has ended."""
     draw = random.Random(f"{method.value} {victim}")
 
-    async def strike(house: MortalTraining) -> str:
+    async def strike(house: MortalTraining) -> bool:
+        """Kill the victim, and tell whether there was one: a job's process may have ended, or not have begun."""
         if victim == "job":
-            return "killed" if house.kill_job() else "no process of the job's was there"
+            return house.kill_job()
         if victim == "worker":
             house.kill_worker()
             await house.start_worker()
         else:
             house.kill_server()
             await house.start_server()
-        return "killed"
+        return True
 
     async def scenario() -> None:
         async with MortalTraining(tmp_path, LEASE_SECONDS) as house:
@@ -124,18 +125,24 @@ def test_whatever_is_killed_at_random_instants_the_same_bytes_are_published_once
             assert ended.version is not None
             digest = ended.version.digest
             await check_outcome(house, first, watched, digest)
-            for number in range(NUM_INSTANTS):
-                instant = draw.uniform(0, seconds)
+            num_struck = number = 0
+            while num_struck < NUM_INSTANTS:
+                assert number < 4 * NUM_INSTANTS, f"of {number} strikes {num_struck} found a victim"
+                instant, number = draw.uniform(0, seconds), number + 1
                 job = await begin(house, spec_of(tmp_path, f"struck-{number}", method, steps=60))
                 watching = asyncio.create_task(house.watch(job.id))
                 await asyncio.sleep(instant)
                 before = (await house.client.get_training_job(job.id)).progress
                 step = 0 if before is None else before.step
-                what = await strike(house)
-                ended = await check_outcome(house, job, await watching, digest)
+                is_struck = await strike(house)
+                num_struck += is_struck
+                watched = await watching
+                ended = await check_outcome(house, job, watched, digest)
+                if is_struck and victim == "job":
+                    assert any(isinstance(one.event, Stage) and "SIGKILL" in one.event.text for one in watched)
                 print(
-                    f"{method.value}, {victim} after {instant:.2f} s of {seconds:.2f} s, about step {step}: {what}; "
-                    f"{ended.attempts} leases"
+                    f"{method.value}, {victim} after {instant:.2f} s of {seconds:.2f} s, about step {step}: "
+                    f"{'killed' if is_struck else 'no process was there'}; {ended.attempts} leases"
                 )
 
     asyncio.run(scenario())

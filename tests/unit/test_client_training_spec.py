@@ -50,7 +50,7 @@ S2FT = S2ftSettings(
 WHOLE = TrainingSpec(
     dataset=DIGEST,
     settings=LORA,
-    publish=PublishSettings("legal", ("prod",), {"team": "search"}),
+    publish=PublishSettings("legal", ("prod",), {"team": "search"}, keep_aliases=True),
     quantization="nf4",
     epochs=0.5,
     batch_size=8,

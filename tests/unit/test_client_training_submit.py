@@ -133,6 +133,12 @@ def test_submit_leaves_open_what_no_flag_says(fake: FakeTrainingService, data: s
     )
 
 
+def test_submit_asks_that_no_alias_moves(fake: FakeTrainingService) -> None:
+    told("submit", DIGEST, *USUAL, "lora", "--keep-aliases")
+
+    assert asked(fake).spec.publish == training_pb2.PublishSettings(adapter_name="mine", keep_aliases=True)
+
+
 def test_submit_takes_data_that_is_there_by_its_digest(fake: FakeTrainingService) -> None:
     told("submit", DIGEST, "--adapter", "mine", "--method", "lora", "--eval", digest_of(HELD_OUT))
 
@@ -209,6 +215,7 @@ USUAL = ["--adapter", "mine", "--method"]
             for flag in (["--rank", "0"], ["--alpha", "0"], ["--rslora"], ["--target", "a"])
         ),
         ([DIGEST, *USUAL, "s2ft", "--target", "a", "--rank", "3"], "no --rank and no --target"),
+        ([DIGEST, *USUAL, "s2ft", "--alias", "a", "--keep-aliases"], "choose one of --alias and --keep-aliases"),
     ],
     ids=lambda value: " ".join(value).replace(DIGEST, "DIGEST") if isinstance(value, list) else "",
 )  # fmt: skip
@@ -251,7 +258,8 @@ def test_a_number_that_cannot_be_sent_is_told_before_the_data_is(fake: FakeTrain
     result = train("submit", data, *USUAL, "lora", "--rank", str(2**40))
 
     assert (result.exit_code, fake.calls) == (1, [])
-    assert result.stderr.endswith("(INVALID_VALUE, field spec.lora.rank)\n")
+    message = "spec.lora.rank: 1099511627776 is not within -2147483648 and 2147483647"
+    assert result.stderr == f"error: {message} (INVALID_VALUE, field spec.lora.rank)\n"
 
 
 def test_data_that_is_not_there_is_told_in_one_line(fake: FakeTrainingService, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fake_worker_service import FakeJob, FakeWorkerService, serving_workers
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 from motley.v1 import training_pb2
@@ -153,6 +154,14 @@ def test_a_worker_registers_and_leases(fake: FakeWorkerService, address: str) ->
     assert (found.labels, found.base_fingerprint) == ({"k": "v"}, fake.base)
     assert found.spec["s2ft"] == {"disjoint_from": ["a", "b"]}
     assert lease.token not in repr(lease)
+
+
+def test_terms_and_leases_tell_the_digest_of_the_terms() -> None:
+    told = training_pb2.RegisterWorkerResponse(lease_duration=Duration(seconds=5), terms_digest="sha256:1")
+    assert convert.terms(told).terms_digest == "sha256:1"
+    lent = convert.lease(training_pb2.LeaseJobResponse(lease=training_pb2.Lease(token="mj_1", terms_digest="sha256:2")))
+    assert lent is not None
+    assert lent.terms_digest == "sha256:2"
 
 
 def test_a_dataset_that_is_named_twice_is_fetched_once() -> None:

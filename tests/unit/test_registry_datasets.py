@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from motley_server.registry import holdings
 from motley_server.registry.bundle_files import BundleFile, bundle_digest
 from motley_server.registry.database import Database
 from motley_server.registry.dataset_records import DatasetFormat
+from motley_server.registry.dataset_uploads import DatasetUploads
+from motley_server.registry.datasets import Datasets
 from motley_server.registry.job_records import JobState
 from motley_server.registry.tenants import Tenants
 from motley_server.registry.uploads import UPLOAD_LIFETIME, store_id
@@ -174,6 +177,21 @@ def test_there_is_an_end_to_datasets_and_to_uploads(training: Training, monkeypa
     assert training.uploads.begin("local", digest_of("0"), 1) is False
     assert training.uploads.forget("local", digest_of("0")) is True
     assert training.uploads.begin("local", digest_of("c"), 1) is True
+
+
+def test_there_is_an_end_to_the_bytes_of_a_tenants_datasets_and_uploads_together(database: Database) -> None:
+    training = replace(Training.of(database), datasets=Datasets(database, 10), uploads=DatasetUploads(database, 10))
+    full = (ResourceExhaustedError, "TOO_MANY_DATASET_BYTES", "size_bytes")
+    training.put("local", "four")
+    assert refusal(training.uploads.begin, "local", digest_of("a"), 7) == full
+    assert training.uploads.begin("local", digest_of("a"), 6) is True
+    assert training.uploads.begin("local", digest_of("a"), 6) is False
+    assert refusal(training.uploads.begin, "local", digest_of("b"), 1) == refusal(training.put, "local", "b") == full
+    assert training.uploads.begin("local", digest_of("four"), 4) is True  # its bytes are elsewhere: it takes no room
+    training.uploads.forget("local", digest_of("a"))
+    assert training.uploads.begin("local", digest_of("b"), 6) is True
+    Tenants(database).create("other")
+    assert training.uploads.begin("other", digest_of("b"), 10) is True
 
 
 # --- uploads on record -----------------------------------------------------------------------------------------------

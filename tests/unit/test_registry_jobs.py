@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,13 @@ from motley_server.errors import (
     ResourceExhaustedError,
 )
 from motley_server.registry import job_rows
+from motley_server.registry import jobs as jobs_module
 from motley_server.registry.database import Database
 from motley_server.registry.job_records import JobState, NewEvent
 from motley_server.registry.records import Quota
+from motley_server.registry.schema import job_events
 from motley_server.registry.tenants import Tenants
+from sqlalchemy import select
 from training_registry import Training, digest_of, lease_id_of, progress, refusal, stage
 
 if TYPE_CHECKING:
@@ -223,6 +227,26 @@ def test_old_progress_is_forgotten_and_nothing_else(training: Training, monkeypa
     assert [content["step"] for _, kind, content in left if kind == "progress"] == ["3", "4", "5"]
     assert len(training.events(other)) == 7
     assert training.jobs.get("local", one.id).last_sequence == 10
+
+
+def test_jobs_that_ended_long_ago_are_forgotten_with_their_events(
+    training: Training, clock: SteppedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "MAX_FORGOTTEN", 1)
+    training.register()
+    old = [training.create(), training.create()]
+    for job in old:
+        training.jobs.cancel("local", job.id)
+    open_job, kept = training.create(), timedelta(days=9)
+    clock.advance(days=9)
+    recent = training.create()
+    training.jobs.cancel("local", recent.id)
+    assert training.jobs.forget_ended(kept) == 0
+    clock.advance(microseconds=1)
+    assert [training.jobs.forget_ended(kept) for _ in range(3)] == [1, 1, 0]
+    assert {job.id for job in training.jobs.list("local").items} == {open_job.id, recent.id}
+    with training.database.reading() as connection:
+        assert set(connection.execute(select(job_events.c.job_id)).scalars()) == {open_job.id, recent.id}
 
 
 # --- cancellation ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from motley_server.errors import FailedPreconditionError, NotFoundError, ResourceExhaustedError, UnauthenticatedError
-from motley_server.registry import job_rows, leases, schema
+from motley_server.registry import job_rows, lease_ends, schema
 from motley_server.registry.database import Database
 from motley_server.registry.job_records import Ending, JobState, NewEvent
 from motley_server.registry.records import Quota
@@ -91,7 +91,7 @@ class Queue(RuleBasedStateMachine):
         self.data = {(owner, mark) for owner in OWNERS for mark in MARKS}
         self.limits = ExitStack()
         self.limits.enter_context(patch.object(job_rows, "MAX_PROGRESS_EVENTS", KEPT_PROGRESS))
-        self.limits.enter_context(patch.object(leases, "MAX_LOST_LEASES", MAX_LOST))
+        self.limits.enter_context(patch.object(lease_ends, "MAX_LOST_LEASES", MAX_LOST))
         with self.training.database.writing() as connection:
             for table in (schema.jobs, schema.training_turns, schema.requests, schema.datasets):
                 connection.execute(table.delete())

@@ -14,7 +14,7 @@ from adapter_registry import at_once, statements
 from motley_server.errors import InvalidArgumentError, NotFoundError, UnauthenticatedError
 from motley_server.registry.database import Database
 from motley_server.registry.job_records import Ending, JobState, NewEvent, NewWorker
-from motley_server.registry.leases import MAX_LOST_LEASES
+from motley_server.registry.lease_ends import MAX_LOST_LEASES
 from motley_server.registry.schema import METADATA, leases
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,18 @@ from motley_trainer.errors import CheckpointError, OutputError
 from motley_trainer.files.durable import sweep, write_folder, write_json
 from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
 from motley_trainer.job.reporting import JobCancelledError
-from motley_trainer.spec.settings import LoraSettings, OptimizerSettings, Schedule
+from motley_trainer.spec.settings import (
+    ChannelScore,
+    LoraSettings,
+    OptimizerSettings,
+    S2ftSettings,
+    Schedule,
+    TrainingMethod,
+)
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_trainings import BINDING, SmallTraining, stop_after
 
-TENSORS = "adapter_model.safetensors"
 SETTINGS: dict[str, Any] = {
     "settings": LoraSettings(rank=3, dropout=0.3),
     "micro_batch_size": 3,
@@ -32,13 +38,20 @@ class Died(BaseException):
     """The process is gone."""
 
 
-def small() -> SmallTraining:
-    return SmallTraining.of(**SETTINGS)
+S2FT: dict[str, Any] = {
+    **SETTINGS,
+    "method": TrainingMethod.S2FT,
+    "settings": S2ftSettings(o_share=0.5, down_share=0.1, v_share=0.5, score=ChannelScore.GRADIENT),
+}
+
+
+def small(settings: Mapping[str, Any] = SETTINGS) -> SmallTraining:
+    return SmallTraining.of(**settings)
 
 
 def written(training: SmallTraining, folder: Path) -> bytes:
     training.attached.write(folder, {})
-    return (folder / TENSORS).read_bytes()
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +96,28 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path, undisturbed: b
     assert training.train(tmp_path / "checkpoints").step == 10
     assert training.events == []
     assert written(training, tmp_path / "adapter") == undisturbed
+
+
+def test_an_s2ft_that_is_stopped_and_one_that_died_go_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Stopped twice, killed once; its channels were chosen by gradients, which takes samples and the base alone."""
+
+    def die() -> bool:
+        raise Died
+
+    whole = small(S2FT)
+    whole.train(tmp_path / "whole")
+    for count in (3, 2):
+        with pytest.raises(JobCancelledError):
+            small(S2FT).train(tmp_path / "checkpoints", stop_after(count))
+    looks = stop_after(4)
+    with pytest.raises(Died):
+        small(S2FT).train(tmp_path / "checkpoints", lambda: looks() and die())
+    last = small(S2FT)
+    assert last.train(tmp_path / "checkpoints").step == 10
+    assert [event["checkpoint_step"] for event in last.events if "checkpoint_step" in event] == [10]
+    undisturbed = written(whole, tmp_path / "a")
+    assert len(undisturbed) > 1000
+    assert written(last, tmp_path / "b") == undisturbed
 
 
 # Every change that keeping a checkpoint makes on disk, in its order: the process dies before one of them.

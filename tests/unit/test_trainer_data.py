@@ -295,9 +295,29 @@ def test_every_pass_sees_every_sample_once_in_an_order_of_its_own(tmp_path: Path
 
 def test_steps_follow_from_epochs(tmp_path: Path) -> None:
     data = read(tmp_path, reversals(30))  # 27 to train on
-    for fields, steps in (({"epochs": 1.0}, 7), ({"epochs": 0.01}, 1), ({"steps": 5, "epochs": None}, 5)):
+    for fields, steps in (({"epochs": 1.0}, 7), ({"epochs": 0.04}, 1), ({"steps": 5, "epochs": None}, 5)):
         spec = TrainingSpec(TrainingMethod.LORA, LoraSettings(), "", "", batch_size=4, **fields)
         assert data.num_steps(spec) == steps
+
+
+@pytest.mark.parametrize("epochs", [1e-300, 0.036])
+def test_epochs_of_less_than_one_sample_are_refused(tmp_path: Path, epochs: float) -> None:
+    data = read(tmp_path, reversals(30))
+    with pytest.raises(SettingsError, match=r"27 samples .* 0\.03704 at least") as refused:
+        data.num_steps(TrainingSpec(TrainingMethod.LORA, LoraSettings(), "", "", epochs=epochs))
+    assert (refused.value.reason, refused.value.field) == ("BAD_SPEC", "epochs")
+
+
+def test_whoever_reads_is_told_of_every_line_and_how_far_it_is(tmp_path: Path) -> None:
+    told: list[tuple[str, int, float]] = []
+    asked = TrainingSpec(
+        TrainingMethod.LORA, LoraSettings(), write_dataset(tmp_path, reversals(4)), "",
+        gate=GateSettings(write_dataset(tmp_path, reversals(2, start=9))),
+    )  # fmt: skip
+    read_data(tmp_path, asked, make_tokenizer("byte_level"), 256, on_line=lambda *told_of: told.append(told_of))
+    assert told == [*(("dataset", line, (line - 1) / 4) for line in range(1, 5)), *(
+        ("gate.dataset", line, (line - 1) / 2) for line in (1, 2)
+    )]  # fmt: skip
 
 
 def test_a_step_is_its_micro_batches(tmp_path: Path) -> None:

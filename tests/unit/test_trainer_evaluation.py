@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from dataclasses import replace
 
@@ -156,6 +157,21 @@ def test_a_gate_is_passed_by_what_it_asks_for(
     verdict = judge(gate, Evaluation(10, 2.0, after, match, match))
     assert verdict.passed is passed
     assert verdict == Verdict(True) or (verdict.reason == "GATE_NOT_PASSED" and "gate." in verdict.message)
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "figures"),
+    [
+        (11.330004, 11.330001, "is 11.330004 after training and was 11.330001 before; .* asks for 11.330001 at most"),
+        (2.5, 2.0, "is 2.5 after training and was 2 before; .* asks for 2 at most"),
+        (math.nextafter(2.0, 3.0), 2.0, r"is 2\.0000000000000004 after training and was 2 before"),
+        (11.33, 11.33, "is 11.33 after training and was 11.33 before; .* asks for 5.665 at most"),
+    ],
+)
+def test_a_refusal_shows_as_many_digits_as_its_figures_differ_in(after: float, before: float, figures: str) -> None:
+    ratio = 0.5 if after == before else 1.0
+    verdict = judge(GateSettings(max_loss_ratio=ratio), Evaluation(10, before, after, None, None))
+    assert re.search(figures, verdict.message), verdict.message
 
 
 def test_what_was_not_measured_is_left_out_on_the_wire() -> None:

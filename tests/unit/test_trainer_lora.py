@@ -371,7 +371,7 @@ def test_gradients_on_a_quantized_base_are_those_of_the_base_that_it_stands_for(
         found = gradients[0][name]
         assert found is not None
         assert wanted is not None
-        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        tolerance = 1e-4 if dtype == torch.float32 else 8e-2
         assert float((found - wanted).norm()) <= tolerance * float(wanted.norm()), name
         assert float(wanted.norm()) > 0
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +116,23 @@ def test_other_adapters_channels_are_left_alone_until_there_are_too_few(world: W
     taken: list[Path] = []
     seen: dict[str, list[int]] = {}
     for number in range(2):
-        attached = world.attach(world.model(), settings, seed=number, adapters=tuple(taken))
+        apart = replace(settings, disjoint_from=tuple(path.name for path in taken))
+        attached = world.attach(world.model(), apart, seed=number, adapters=tuple(taken))
         taken.append(tmp_path / str(number))
         attached.write(taken[-1], {})
         for name, channels in attached.buffers().items():
             seen.setdefault(name, []).extend(channels.tolist())
     assert all(len(channels) == len(set(channels)) for channels in seen.values())
     with pytest.raises(SettingsError) as caught:
-        world.attach(world.model(), settings, adapters=tuple(taken))
+        world.attach(world.model(), replace(settings, disjoint_from=("0", "1")), adapters=tuple(taken))
     assert (caught.value.reason, caught.value.field) == ("NOT_ENOUGH_CHANNELS", "s2ft.o_share")
 
 
 def test_what_has_no_channels_cannot_be_kept_apart_from(world: World, tmp_path: Path) -> None:
     lora = make_adapter(world.path, tmp_path / "lora", seed=1)
-    with pytest.raises(SettingsError) as caught:
-        world.attach(world.model(), adapters=(lora,))
+    asked = replace(EVERYWHERE, disjoint_from=("acme/tone@2",))
+    with pytest.raises(SettingsError, match=r"^acme/tone@2 is of kind lora") as caught:
+        world.attach(world.model(), asked, adapters=(lora,))
     assert (caught.value.reason, caught.value.field) == ("NOT_S2FT", "s2ft.disjoint_from[0]")
 
 
@@ -232,36 +233,6 @@ def test_gradients_are_those_of_the_patched_weight(side: Any) -> None:
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
-@contextmanager
-def kept_for_backward(but: Callable[[int], bool]) -> Iterator[dict[int, int]]:
-    """Collect the elements of each storage that autograd keeps, parameters' not counted."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not but(storage.data_ptr()):
-            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
-
-
-def test_behind_columns_only_the_chosen_inputs_are_kept() -> None:
-    linear = nn.Linear(512, 64).requires_grad_(False)
-    tokens, channels = 40, torch.arange(0, 512, 64)
-    sparse = ChannelLinear(linear, "input", channels)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*sparse.parameters(), sparse.channels)}
-    with kept_for_backward(own.__contains__) as kept:
-        y = sparse(torch.randn(tokens, 512, requires_grad=True))
-    assert sum(kept.values()) == tokens * len(channels)
-    with kept_for_backward(own.__contains__) as kept:
-        dense = nn.functional.linear(torch.randn(tokens, 512), linear.weight.detach().clone().requires_grad_())
-    assert sum(kept.values()) == tokens * 512
-    assert y.requires_grad
-    assert dense.requires_grad
-
-
 def test_twenty_steps_equal_full_fine_tuning_under_a_mask(world: World) -> None:
     model, dense = world.model(), world.model()
     attached = world.attach(model)
@@ -349,3 +320,13 @@ def test_a_resumed_run_has_the_channels_of_its_checkpoint(world: World) -> None:
     again = S2ft(EVERYWHERE).attach(world.model(), world.context(seed=2), kept)
     assert list(again.parameters) == list(first.parameters)
     assert all(torch.equal(kept[name], found) for name, found in again.buffers().items())
+
+
+@pytest.mark.parametrize("budget", ChannelBudget)
+def test_the_shares_that_are_told_are_those_that_whole_heads_and_channels_come_to(
+    world: World, budget: ChannelBudget
+) -> None:
+    asked = S2ftSettings(o_share=0.001, down_share=1e-320, v_share=0.5, budget=budget)
+    facts = world.attach(world.model(), asked).facts()
+    layers = 3 if budget is ChannelBudget.GLOBAL else 1
+    assert facts["shares"] == {"o_proj": 1 / (4 * layers), "down_proj": 1 / (96 * layers), "v_proj": 0.5}

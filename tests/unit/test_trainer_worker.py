@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -176,13 +177,23 @@ def test_a_process_that_takes_too_much_memory_is_killed_and_the_job_fails(house:
     assert [event.stage for event in job.events].count("reading data") == 1
 
 
-def test_what_the_server_refuses_fails_the_job_with_its_reason(house: WorkerHouse) -> None:
+def test_an_adapter_that_the_server_does_not_take_stays_at_the_worker(
+    house: WorkerHouse, caplog: pytest.LogCaptureFixture
+) -> None:
     job = house.fake.add_job()
     house.adapters.refusals += [refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_ADAPTERS")] * 2
 
     house.work("passes")
 
     assert (job.state, job.reason) == ("failed", "QUOTA_ADAPTERS")
+    assert f"7 days its adapter stays with worker w1, in jobs/{job.id}/adapter of its work directory" in job.message
+    assert "`motley adapters push`" in job.message
+    assert str(house.directory) not in job.message, "where that is on the worker's machine is no tenant's to know"
+    folder = house.directory / "jobs" / job.id
+    assert str(folder / "adapter") in caplog.text
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights" * 1000
+    assert json.loads((folder / "result.json").read_text())["passed"] is True
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "checkpoints", "result.json"]
 
 
 def test_an_event_that_the_server_does_not_take_is_left_out_alone(house: WorkerHouse) -> None:
@@ -220,49 +231,6 @@ def test_a_reason_that_is_no_word_does_not_keep_a_job_from_failing(house: Worker
 
     assert (job.state, job.reason) == ("failed", "INVALID_ENDING")
     assert [event.stage for event in job.events] == ["fetching data", "reading data"], "the events were no fault of it"
-
-
-def test_no_room_on_disk_fails_the_job_and_says_where(house: WorkerHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: object, data: bytes) -> None:
-        raise OSError(28, "No space left on device", "/work/jobs/x")
-
-    monkeypatch.setattr("motley_client.dataset_arrival.DatasetArrival.take", full)
-    job = house.fake.add_job()
-
-    house.work("passes")
-
-    assert (job.state, job.reason) == ("failed", "DISK_FULL")
-    assert "/work/jobs/x" in job.message
-
-
-@pytest.mark.parametrize("number", [28, 13], ids=["no room", "no permission"])
-def test_a_directory_that_cannot_be_made_fails_the_job_and_not_the_worker(
-    house: WorkerHouse, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refuse(self: object, job_id: str) -> None:
-        raise OSError(number, "refused", "/work/jobs/x")
-
-    monkeypatch.setattr("motley_trainer.worker.workplace.Workplace.job", refuse)
-    job = house.fake.add_job()
-
-    house.work("passes")
-
-    assert (job.state, job.reason) == ("failed", "DISK_FULL" if number == 28 else "WORKER_FAULT")
-    assert "/work/jobs/x" in job.message
-
-
-def test_a_fault_of_the_workers_fails_the_job_and_not_the_worker(
-    house: WorkerHouse, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, good = house.fake.add_job(spoilt := b"1"), house.fake.add_job(b"2")
-    house.fake.datasets.pop(job.spec.dataset)
-    job.spec.dataset = f"../../{spoilt.hex()}"
-
-    house.work("passes")
-
-    assert (job.state, job.reason) == ("failed", "WORKER_FAULT")
-    assert good.state == "succeeded"
-    assert not (house.directory.parent / "31.jsonl").exists()
 
 
 def test_adapters_to_keep_clear_of_are_there_before_the_job_begins(house: WorkerHouse) -> None:

@@ -86,6 +86,61 @@ def test_only_true_is_passed(tmp_path: Path) -> None:
             assert (found.passed, found.digest, found.evaluation) == (passed, "d", {})
 
 
+ORDER = {"base": "/bases/tiny", "dtype": "float32", "served_quantization": "none", "device": "cpu", "job_id": "job-1"}
+
+
+@pytest.mark.parametrize("term", ["base", "dtype", "served_quantization", "device", None])
+def test_what_was_measured_under_other_terms_is_forgotten(
+    tmp_path: Path, term: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Workplace(tmp_path) as workplace:
+        job = workplace.job("job-1")
+        job.write_order(ORDER)
+        measured = [job.path / name for name in ("before.json", "evaluation.json", "result.json")]
+        for path in measured:
+            path.write_text("{}")
+        (job.path / "checkpoints" / "step-1").mkdir(parents=True)
+        job.write_order(ORDER | ({"job_id": "job-2"} if term is None else {term: "other"}))
+    assert [path.exists() for path in measured] == [term is None] * 3
+    assert (job.path / "checkpoints" / "step-1").exists(), "whether those will do is the job's to know"
+    assert ("terms have changed" in caplog.text) == (term is not None)
+
+
+def test_an_order_that_cannot_be_read_is_one_of_other_terms(tmp_path: Path) -> None:
+    with Workplace(tmp_path) as workplace:
+        job = workplace.job("job-1")
+        for content in ("", "[]", "\xff"):
+            (job.path / "job.json").write_text(content, encoding="latin-1")
+            (job.path / "result.json").write_text("{}")
+            job.write_order(ORDER)
+            assert not (job.path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [(("checkpoints",), ["checkpoints"]), (("checkpoints", "adapter"), ["adapter", "checkpoints"]), ((), None)],
+)
+def test_what_is_to_stay_of_a_job_stays_and_nothing_else(
+    tmp_path: Path, names: tuple[str, ...], left: list[str] | None
+) -> None:
+    with Workplace(tmp_path) as workplace:
+        job = workplace.job("job-1")
+        for name in ("checkpoints/step-1", "adapter", "data"):
+            (job.path / name).mkdir(parents=True)
+        (job.path / "job.json").touch()
+        assert job.keep(*names) == (left is not None)
+    assert job.path.exists() == (left is not None)
+    assert left is None or sorted(path.name for path in job.path.iterdir()) == left
+
+
+def test_checkpoints_of_which_there_are_none_do_not_keep_a_directory(tmp_path: Path) -> None:
+    with Workplace(tmp_path) as workplace:
+        job = workplace.job("job-1")
+        (job.path / "checkpoints" / ".new-step-1").mkdir(parents=True)
+        assert not job.keep("checkpoints")
+    assert not job.path.exists()
+
+
 def test_a_base_is_known_by_the_fingerprint_that_its_adapters_name(tmp_path: Path) -> None:
     tiny = resolve_base("tiny")
     assert identify_base("tiny", tmp_path / "cache").fingerprint == fingerprint(tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -159,3 +160,11 @@ def test_one_line_at_a_time_is_in_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 19  # of 8 MB
     finally:
         tracemalloc.stop()
+
+
+def test_a_line_of_very_many_keys_takes_no_longer_than_its_length(tmp_path: Path) -> None:
+    keys = ", ".join(f'"k{number}": 0' for number in range(50_000))
+    began = time.process_time()
+    assert refused(tmp_path, f'{TEXT}\n{{{keys}, "k49999": 1}}\n') == ("LINE_NOT_JSON", "line 2")
+    assert refused(tmp_path, f"{TEXT}\n{{{keys}}}\n") == ("UNKNOWN_SAMPLE_SHAPE", "line 2")
+    assert time.process_time() - began < 2  # of hundredths; one look at all the others for each takes half a minute

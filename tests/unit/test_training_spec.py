@@ -69,6 +69,7 @@ GOOD: dict[str, pb.TrainingSpec] = {
     "none": spec_with(quantization="none"),
     "a gate": gated_with(dataset=OTHER, max_loss_ratio=0.5, min_exact_match=0.0),
     "any seed": spec_with(seed=-(1 << 63)),
+    "no alias moved": spec_with(publish={"keep_aliases": True}),
     "aliases and labels": spec_with(publish={"aliases": ["default", "prod"], "labels": {"team": "search"}}),
 }
 
@@ -137,6 +138,9 @@ BAD: dict[str, tuple[pb.TrainingSpec, str, str]] = {
     "ranks without end": (
         spec_with(lora={"rank_pattern": {str(number): 1 for number in range(1025)}}), "OUT_OF_RANGE",
         "lora.rank_pattern",
+    ),
+    "aliases named and kept": (
+        spec_with(publish={"aliases": ["prod"], "keep_aliases": True}), "ALIASES_KEPT", "publish.aliases",
     ),
     "a share above all": (s2ft_with(o_share=1.01), "OUT_OF_RANGE", "s2ft.o_share"),
     "a share below nothing": (s2ft_with(up_share=-0.1), "OUT_OF_RANGE", "s2ft.up_share"),

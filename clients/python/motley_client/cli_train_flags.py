@@ -43,6 +43,9 @@ class TrainingFlags:
     alias: Annotated[
         list[str] | None, _flag("Point it at the version, not `default`; may be repeated.", _PUBLISHING, "ALIAS")
     ] = None
+    keep_aliases: Annotated[
+        bool, _flag("Point no alias at it: NAME@N alone means it.", _PUBLISHING, name="--keep-aliases")
+    ] = False
     label: Annotated[list[str] | None, _flag("Label the version; may be repeated.", _PUBLISHING, "KEY=VALUE")] = None
     eval: Annotated[
         str | None, _flag("Measure on this data, as DATA is given; else a part of DATA.", _PUBLISHING, "FILE")
@@ -110,13 +113,15 @@ def spec_of(flags: TrainingFlags) -> TrainingSpec:
             settings, strangers = _s2ft(flags), flags.said(_LORA)
     if strangers:
         raise typer.BadParameter(f"--method {flags.method.value} has no {' and no '.join(strangers)}")
+    if flags.keep_aliases and flags.alias:
+        raise typer.BadParameter("choose one of --alias and --keep-aliases")
     optimizer = OptimizerSettings(flags.lr, flags.schedule, flags.warmup)
     gate = Gate(max_loss_ratio=flags.max_loss_ratio, min_exact_match=flags.min_exact_match)
     labels = dict(read_label(text) for text in flags.label or ())
     return TrainingSpec(
         dataset="",
         settings=settings,
-        publish=PublishSettings(flags.adapter, tuple(flags.alias or ()), labels),
+        publish=PublishSettings(flags.adapter, tuple(flags.alias or ()), labels, flags.keep_aliases),
         quantization=flags.quantization,
         steps=flags.steps,
         epochs=flags.epochs,

@@ -7,10 +7,11 @@ InvalidArgumentError naming the field, raised before anything is sent.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,6 +19,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from motley_client.errors import InvalidArgumentError
 
 _Made = TypeVar("_Made", bound=Message)
+
+_BOUNDS = {
+    FieldDescriptor.CPPTYPE_INT32: (-(1 << 31), (1 << 31) - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(1 << 63), (1 << 63) - 1),
+}
 
 
 def checked(field: str, make: Callable[..., _Made], **values: Any) -> _Made:
@@ -28,7 +34,21 @@ def checked(field: str, make: Callable[..., _Made], **values: Any) -> _Made:
     try:
         return make(**values)
     except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidArgumentError(f"{field}: {error}", reason="INVALID_VALUE", field=field) from error
+        problem = _out_of_bounds(make, values) or str(error)
+        raise InvalidArgumentError(f"{field}: {problem}", reason="INVALID_VALUE", field=field) from error
+
+
+def _out_of_bounds(make: object, values: Mapping[str, Any]) -> str | None:
+    """Return which value is more, or less, than its field can hold, and how much that is; None if none is."""
+    if not (isinstance(make, type) and issubclass(make, Message)):
+        return None
+    fields = make.DESCRIPTOR.fields_by_name
+    for name, value in values.items():
+        if name in fields and isinstance(value, int) and fields[name].cpp_type in _BOUNDS:
+            least, most = _BOUNDS[fields[name].cpp_type]
+            if not least <= value <= most:
+                return f"{value} is not within {least} and {most}"
+    return None
 
 
 def fill_request_id(request: Message, given: str | None) -> None:

@@ -92,7 +92,7 @@ def terms(response: training_pb2.RegisterWorkerResponse) -> WorkerTerms:
     lease_seconds = response.lease_duration.ToTimedelta().total_seconds()
     if lease_seconds <= 0:
         raise InternalError(f"the server's leases last {lease_seconds:g} seconds", reason=InternalError.code)
-    return WorkerTerms(response.quantization, response.dtype, lease_seconds)
+    return WorkerTerms(response.quantization, response.dtype, lease_seconds, response.terms_digest)
 
 
 def lease(response: training_pb2.LeaseJobResponse) -> Lease | None:
@@ -114,7 +114,7 @@ def lease(response: training_pb2.LeaseJobResponse) -> Lease | None:
         spec=json_format.MessageToDict(spec, preserving_proto_field_name=True),
         cancel_requested=message.job.cancel_requested,
     )
-    return Lease(job, message.token, message.upload_id)
+    return Lease(job, message.token, message.upload_id, message.terms_digest)
 
 
 def _of_methods(methods: Iterable[str]) -> training_pb2.RegisterWorkerRequest:

@@ -120,11 +120,12 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class PublishSettings:
-    """Which adapter gets a new version; without `aliases`, `default` is pointed at it."""
+    """Which adapter gets a new version; without `aliases`, `default` is pointed at it, with `keep_aliases` none is."""
 
     adapter_name: str
     aliases: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    keep_aliases: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,11 +24,15 @@ class LeaseEnd(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerTerms:
-    """What a server told a worker that registered: how it holds its base, and how long a lease lasts unheard of."""
+    """What a server told a worker that registered: how it holds its base, and how long a lease lasts unheard of.
+
+    Semantics: `terms_digest` is over all of them and the base's fingerprint; empty from a server that tells none.
+    """
 
     quantization: str
     dtype: str
     lease_seconds: float
+    terms_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +57,16 @@ class LeasedJob:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A job in a worker's hands: `token` is good for that job, `upload_id` the same at each attempt."""
+    """A job in a worker's hands: `token` is good for that job, `upload_id` the same at each attempt.
+
+    Semantics: `terms_digest` is that of the server's terms when it lent the job; a worker that was told others has to
+    register again.
+    """
 
     job: LeasedJob
     token: str = field(repr=False)
     upload_id: str
+    terms_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

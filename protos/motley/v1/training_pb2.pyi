@@ -700,8 +700,11 @@ class PublishSettings(google.protobuf.message.Message):
     ADAPTER_NAME_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    KEEP_ALIASES_FIELD_NUMBER: builtins.int
     adapter_name: builtins.str
     """`NAME` of the adapter that gets a new version."""
+    keep_aliases: builtins.bool
+    """Point no alias at it, in the place of `aliases`: the version is reached by its number."""
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Aliases to point at it once the gate is passed; none at all means `default`."""
@@ -714,8 +717,9 @@ class PublishSettings(google.protobuf.message.Message):
         adapter_name: builtins.str = ...,
         aliases: collections.abc.Iterable[builtins.str] | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        keep_aliases: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_name", b"adapter_name", "aliases", b"aliases", "labels", b"labels"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_name", b"adapter_name", "aliases", b"aliases", "keep_aliases", b"keep_aliases", "labels", b"labels"]) -> None: ...
 
 Global___PublishSettings: typing_extensions.TypeAlias = PublishSettings
 
@@ -1351,9 +1355,12 @@ class RegisterWorkerResponse(google.protobuf.message.Message):
     QUANTIZATION_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     LEASE_DURATION_FIELD_NUMBER: builtins.int
+    TERMS_DIGEST_FIELD_NUMBER: builtins.int
     quantization: builtins.str
     """How the server holds its base, for jobs that do not say: `none`, `nf4` or `int8`."""
     dtype: builtins.str
+    terms_digest: builtins.str
+    """`sha256:` and 64 hex digits over the base's fingerprint and all of the above."""
     @property
     def lease_duration(self) -> google.protobuf.duration_pb2.Duration:
         """A lease without a report ends after this."""
@@ -1364,9 +1371,10 @@ class RegisterWorkerResponse(google.protobuf.message.Message):
         quantization: builtins.str = ...,
         dtype: builtins.str = ...,
         lease_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        terms_digest: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["lease_duration", b"lease_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "lease_duration", b"lease_duration", "quantization", b"quantization"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "lease_duration", b"lease_duration", "quantization", b"quantization", "terms_digest", b"terms_digest"]) -> None: ...
 
 Global___RegisterWorkerResponse: typing_extensions.TypeAlias = RegisterWorkerResponse
 
@@ -1400,10 +1408,13 @@ class Lease(google.protobuf.message.Message):
     TOKEN_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     UPLOAD_ID_FIELD_NUMBER: builtins.int
+    TERMS_DIGEST_FIELD_NUMBER: builtins.int
     token: builtins.str
     """To be sent as a key is, for FetchDataset, ReportJob, and for publishing."""
     upload_id: builtins.str
     """Of the upload that publishes it: the same at every attempt."""
+    terms_digest: builtins.str
+    """Of the terms as they are now. A worker that registered under others gives the job back, and registers again."""
     @property
     def job(self) -> Global___TrainingJob: ...
     @property
@@ -1415,9 +1426,10 @@ class Lease(google.protobuf.message.Message):
         token: builtins.str = ...,
         expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         upload_id: builtins.str = ...,
+        terms_digest: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["expire_time", b"expire_time", "job", b"job"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["expire_time", b"expire_time", "job", b"job", "token", b"token", "upload_id", b"upload_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expire_time", b"expire_time", "job", b"job", "terms_digest", b"terms_digest", "token", b"token", "upload_id", b"upload_id"]) -> None: ...
 
 Global___Lease: typing_extensions.TypeAlias = Lease
 

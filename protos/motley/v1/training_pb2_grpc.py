@@ -521,7 +521,7 @@ class WorkerServiceStub(object):
     the job of that lease, and for publishing its adapter, for as long as the lease lasts.
 
     Every RPC: UNAUTHENTICATED (also for a token whose lease has ended), PERMISSION_DENIED, UNIMPLEMENTED where training is switched off; UNAVAILABLE while
-    draining, but for FetchDataset and ReportJob, without which a lease would be lost.
+    draining, but for FetchDataset and ReportJob, without which a lease would be lost. A lease ends with the key that it was made with.
     """
 
     def __init__(self, channel):
@@ -557,7 +557,7 @@ class WorkerServiceServicer(object):
     the job of that lease, and for publishing its adapter, for as long as the lease lasts.
 
     Every RPC: UNAUTHENTICATED (also for a token whose lease has ended), PERMISSION_DENIED, UNIMPLEMENTED where training is switched off; UNAVAILABLE while
-    draining, but for FetchDataset and ReportJob, without which a lease would be lost.
+    draining, but for FetchDataset and ReportJob, without which a lease would be lost. A lease ends with the key that it was made with.
     """
 
     def RegisterWorker(self, request, context):
@@ -569,7 +569,8 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LeaseJob(self, request, context):
-        """Waits for a job that the worker can do, and leases it. Without one the answer has no lease. NOT_FOUND for a worker that was never registered.
+        """Waits for a job that the worker can do, and leases it. Without one the answer has no lease. NOT_FOUND for a worker that was never registered,
+        PERMISSION_DENIED for one of another key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -626,7 +627,7 @@ class WorkerService(object):
     the job of that lease, and for publishing its adapter, for as long as the lease lasts.
 
     Every RPC: UNAUTHENTICATED (also for a token whose lease has ended), PERMISSION_DENIED, UNIMPLEMENTED where training is switched off; UNAVAILABLE while
-    draining, but for FetchDataset and ReportJob, without which a lease would be lost.
+    draining, but for FetchDataset and ReportJob, without which a lease would be lost. A lease ends with the key that it was made with.
     """
 
     @staticmethod

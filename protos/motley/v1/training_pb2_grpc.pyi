@@ -527,7 +527,7 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceRegisterWorkerType, _Worker
     the job of that lease, and for publishing its adapter, for as long as the lease lasts.
 
     Every RPC: UNAUTHENTICATED (also for a token whose lease has ended), PERMISSION_DENIED, UNIMPLEMENTED where training is switched off; UNAVAILABLE while
-    draining, but for FetchDataset and ReportJob, without which a lease would be lost.
+    draining, but for FetchDataset and ReportJob, without which a lease would be lost. A lease ends with the key that it was made with.
     """
 
     @typing.overload
@@ -576,7 +576,9 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceRegisterWorkerType, _Worker
     """
 
     LeaseJob: _WorkerServiceLeaseJobType
-    """Waits for a job that the worker can do, and leases it. Without one the answer has no lease. NOT_FOUND for a worker that was never registered."""
+    """Waits for a job that the worker can do, and leases it. Without one the answer has no lease. NOT_FOUND for a worker that was never registered,
+    PERMISSION_DENIED for one of another key.
+    """
 
     FetchDataset: _WorkerServiceFetchDatasetType
     """Sends a dataset of the job. NOT_FOUND for any other, OUT_OF_RANGE."""
@@ -610,7 +612,7 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
     the job of that lease, and for publishing its adapter, for as long as the lease lasts.
 
     Every RPC: UNAUTHENTICATED (also for a token whose lease has ended), PERMISSION_DENIED, UNIMPLEMENTED where training is switched off; UNAVAILABLE while
-    draining, but for FetchDataset and ReportJob, without which a lease would be lost.
+    draining, but for FetchDataset and ReportJob, without which a lease would be lost. A lease ends with the key that it was made with.
     """
 
     @abc.abstractmethod
@@ -629,7 +631,9 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         request: motley.v1.training_pb2.LeaseJobRequest,
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.training_pb2.LeaseJobResponse, collections.abc.Awaitable[motley.v1.training_pb2.LeaseJobResponse]]:
-        """Waits for a job that the worker can do, and leases it. Without one the answer has no lease. NOT_FOUND for a worker that was never registered."""
+        """Waits for a job that the worker can do, and leases it. Without one the answer has no lease. NOT_FOUND for a worker that was never registered,
+        PERMISSION_DENIED for one of another key.
+        """
 
     @abc.abstractmethod
     def FetchDataset(

@@ -43,15 +43,17 @@ class DatasetUpload:
 class DatasetUploads:
     """Keep account of datasets on their way."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, max_total_bytes: int | None = None) -> None:
+        """Keep it in a database, of each tenant's datasets, and those on their way, for so many bytes at most."""
         self._database = database
+        self._max_total_bytes = max_total_bytes
 
     def begin(self, owner: str, digest: str, size_bytes: int) -> bool:
         """Put an upload on record, or touch one that is; return whether it is new.
 
         Raises: InvalidArgumentError (reason=INVALID_DIGEST or OUT_OF_RANGE); NotFoundError (reason=TENANT_NOT_FOUND);
-        AlreadyExistsError (reason=UPLOAD_EXISTS); ResourceExhaustedError (reason=TOO_MANY_UPLOADS or
-        TOO_MANY_DATASETS).
+        AlreadyExistsError (reason=UPLOAD_EXISTS); ResourceExhaustedError (reason=TOO_MANY_UPLOADS,
+        TOO_MANY_DATASETS or TOO_MANY_DATASET_BYTES).
         """
         check_dataset_digest(digest)
         if not 0 <= size_bytes <= MAX_FILE_BYTES:
@@ -65,7 +67,7 @@ class DatasetUploads:
             if known is not None and known.size_bytes != size_bytes:
                 message = f"the upload of this dataset was begun with {known.size_bytes} bytes; delete it to begin anew"
                 raise AlreadyExistsError(message, reason="UPLOAD_EXISTS", field="digest")
-            check_room_for_dataset(connection, owner, digest)
+            check_room_for_dataset(connection, owner, digest, size_bytes, self._max_total_bytes)
             if known is not None:
                 _touch(connection, owner, digest, now)
                 return False

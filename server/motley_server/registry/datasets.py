@@ -33,8 +33,10 @@ from motley_server.registry.tenants import check_display_name, has_tenant, tenan
 class Datasets:
     """Keep datasets. `delete` takes a request id, whose repeat has the same answer."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, max_total_bytes: int | None = None) -> None:
+        """Keep them in a database, of each tenant so many bytes at most."""
         self._database = database
+        self._max_total_bytes = max_total_bytes
 
     def put(
         self,
@@ -52,7 +54,8 @@ class Datasets:
         Semantics: with `needs_upload`, an upload that is not on record any more brings nothing, whoever has its owner's
         name by now.
         Raises: InvalidArgumentError (reason=INVALID_DIGEST or INVALID_DISPLAY_NAME); NotFoundError
-        (reason=TENANT_NOT_FOUND or DATASET_NOT_FOUND); ResourceExhaustedError (reason=TOO_MANY_DATASETS).
+        (reason=TENANT_NOT_FOUND or DATASET_NOT_FOUND); ResourceExhaustedError (reason=TOO_MANY_DATASETS or
+        TOO_MANY_DATASET_BYTES).
         """
         check_dataset_digest(digest)
         check_display_name(display_name)
@@ -65,7 +68,7 @@ class Datasets:
                 raise tenant_not_found(owner, "owner")
             if needs_upload and not is_on_record:
                 raise dataset_not_found()
-            check_room_for_dataset(connection, owner, digest)
+            check_room_for_dataset(connection, owner, digest, size_bytes, self._max_total_bytes)
             now = self._database.now()
             record = DatasetRecord(owner, digest, display_name, format, size_bytes, num_samples, now)
             connection.execute(datasets.insert().values(_columns_of(record)))

@@ -6,12 +6,14 @@ It knows no transactions but those that others began, on the database's threads.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, exists, func, select
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, delete, exists, func, select
 
 from motley_server.errors import ResourceExhaustedError
 from motley_server.registry.job_records import OPEN_STATES
 from motley_server.registry.records import Quota
-from motley_server.registry.schema import adapter_versions, datasets, jobs, uploads
+from motley_server.registry.schema import adapter_versions, dataset_uploads, datasets, jobs, uploads
 from motley_server.registry.visibility import is_of
 
 MAX_DATASETS = 1000
@@ -57,16 +59,39 @@ def check_room(
             raise ResourceExhaustedError(message, reason="QUOTA_ADAPTER_BYTES", field="quota.adapter_bytes")
 
 
-def check_room_for_dataset(connection: Connection, owner: str, digest: str) -> None:
-    """Refuse one dataset more than an owner may have; one that it has already takes no room.
+def check_room_for_dataset(
+    connection: Connection, owner: str, digest: str, size_bytes: int, max_total_bytes: int | None
+) -> None:
+    """Refuse one dataset more than an owner may have, or more bytes; one that it has already takes no room.
 
-    Raises: ResourceExhaustedError (reason=TOO_MANY_DATASETS).
+    Semantics: of uploads on their way what they announced counts too.
+    Raises: ResourceExhaustedError (reason=TOO_MANY_DATASETS or TOO_MANY_DATASET_BYTES).
     """
     others = select(func.count()).where(datasets.c.owner == owner, datasets.c.digest != digest)
     held = connection.execute(others).scalar_one()
     if held >= MAX_DATASETS:
         message = f"{owner!r} has {held} datasets already: delete one"
         raise ResourceExhaustedError(message, reason="TOO_MANY_DATASETS", field="digest")
+    if max_total_bytes is None:
+        return
+    known = select(datasets.c.digest).where(datasets.c.owner == owner)
+    coming = dataset_uploads.c.digest.not_in(known)  # what comes again for a dataset is counted with that
+    in_datasets, in_uploads = (
+        _bytes_in(datasets, owner, digest),
+        _bytes_in(dataset_uploads, owner, digest).where(coming),
+    )
+    used = sum(int(connection.execute(query).scalar_one()) for query in (in_datasets, in_uploads))
+    if used + size_bytes > max_total_bytes:
+        message = (
+            f"{owner!r} has datasets of {used} bytes, with those on their way; {size_bytes} more are over the "
+            f"{max_total_bytes} that a tenant may have: delete some"
+        )
+        raise ResourceExhaustedError(message, reason="TOO_MANY_DATASET_BYTES", field="size_bytes")
+
+
+def _bytes_in(table: Table, owner: str, but: str) -> Select[Any]:
+    total = select(func.coalesce(func.sum(table.c.size_bytes), 0))
+    return total.where(table.c.owner == owner, table.c.digest != but)
 
 
 def count_open_jobs(connection: Connection, owner: str) -> int:

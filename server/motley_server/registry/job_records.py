@@ -160,7 +160,11 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class ReportAnswer:
-    """Until when a lease lasts, and whether its job is to end at the next step."""
+    """Until when a lease lasts, and whether its job is to end at the next step.
+
+    Semantics: `overdue` is how the report has ended the job, whose time was over.
+    """
 
     expires_at: datetime
     cancel_requested: bool
+    overdue: Ending | None = None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import and_, delete, func, or_, select, update
 
 from motley_server.errors import FailedPreconditionError, InvalidArgumentError, OutOfRangeError
 from motley_server.registry import pages
@@ -29,6 +30,7 @@ from motley_server.registry.tenants import has_tenant, tenant_not_found
 
 ID_BYTES = 8
 MAX_EVENTS = 1000
+MAX_FORGOTTEN = 100  # in one transaction, for each may have thousands of events
 
 
 class Jobs:
@@ -37,8 +39,10 @@ class Jobs:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, new: NewJob, quota: Quota, *, request_id: str = "", scope: str = "") -> JobRecord:
-        """Queue a job.
+    def create(
+        self, new: NewJob, quota: Quota, adapter_bytes: int = 0, *, request_id: str = "", scope: str = ""
+    ) -> JobRecord:
+        """Queue a job, whose adapter will have at least so many bytes.
 
         Semantics: two requests are the same if owner and spec are: what the server made of the spec may differ by then.
         Raises: InvalidArgumentError (reason=INVALID_ADAPTER_NAME or INVALID_REQUEST_ID); NotFoundError
@@ -58,9 +62,16 @@ class Jobs:
                 if find_dataset(connection, new.owner, digest) is None:
                     raise dataset_not_found(f"datasets[{number}]")
             check_room_for_job(connection, new.owner, quota)
-            check_room(connection, new.owner, new.adapter_name, 0, quota)
+            check_room(connection, new.owner, new.adapter_name, adapter_bytes, quota)
             job_id = f"job-{secrets.token_hex(ID_BYTES)}"
-            blank = {"reason": "", "message": "", "worker": "", "attempts": 0, "num_lost_leases": 0}
+            blank = {
+                "reason": "",
+                "message": "",
+                "worker": "",
+                "attempts": 0,
+                "num_lost_leases": 0,
+                "held_seconds": 0.0,
+            }
             blank |= {"state": JobState.QUEUED.value, "cancel_requested": False, "last_sequence": 0}
             connection.execute(jobs.insert().values(asdict(new) | blank | {"id": job_id, "created_at": now}))
             job = change_state(connection, job_id, now, Ending(JobState.QUEUED))
@@ -143,6 +154,20 @@ class Jobs:
             query = select(job_events).where(job_events.c.job_id == id, job_events.c.sequence > after)
             query = query.order_by(job_events.c.sequence).limit(min(limit, MAX_EVENTS))
             return tuple(event_of(row) for row in connection.execute(query).mappings())
+
+    def forget_ended(self, kept: timedelta) -> int:
+        """Forget jobs that ended longer ago than they are kept, with their events, and return how many: some at a time.
+
+        Semantics: what they have published stays, and says in its labels and its manifest where it is from.
+        """
+        before = self._database.now() - kept
+        stale = select(jobs.c.id).where(jobs.c.ended_at < before).order_by(jobs.c.ended_at).limit(MAX_FORGOTTEN)
+        with self._database.reading() as connection:
+            found = list(connection.execute(stale).scalars())
+        if not found:
+            return 0
+        with self._database.writing() as connection:
+            return connection.execute(delete(jobs).where(jobs.c.id.in_(found))).rowcount
 
     def counts(self) -> Mapping[JobState, int]:
         """Return how many jobs of all tenants are in each state."""

@@ -22,6 +22,7 @@ from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.registry import pages
 from motley_server.registry.database import Database
 from motley_server.registry.idempotency import Answer, Request
+from motley_server.registry.lease_ends import end_leases_of_keys
 from motley_server.registry.records import Key, Page
 from motley_server.registry.schema import from_microseconds, keys, to_microseconds
 from motley_server.registry.tenants import has_tenant, tenant_not_found
@@ -114,6 +115,7 @@ class Keys:
     def revoke(self, key_id: str, *, request_id: str = "", scope: str = "") -> Key:
         """Let a key count no more from now on; one that was revoked before stays as it is.
 
+        Effects: the leases that were made with it end in the same moment, and their jobs are queued again.
         Raises: NotFoundError (reason=KEY_NOT_FOUND); InvalidArgumentError (reason=INVALID_REQUEST_ID);
         AlreadyExistsError (reason=REQUEST_ID_REUSED).
         """
@@ -125,6 +127,7 @@ class Keys:
             if _ID.fullmatch(key_id):
                 is_in_force = and_(keys.c.id == key_id, keys.c.revoked_at.is_(None))
                 connection.execute(update(keys).where(is_in_force).values(revoked_at=now))
+                end_leases_of_keys(connection, now, keys.c.id == key_id)
                 row = connection.execute(select(keys).where(keys.c.id == key_id)).one_or_none()
             else:
                 row = None

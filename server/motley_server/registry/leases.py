@@ -2,7 +2,8 @@
 
 `mj_<id>_<secret>` is kept as keys are. A lease is there from when its job began to run until the job is queued again
 or ends, and no longer; what its token is good for ends in that moment, or when it is past its end, whichever comes
-first. Each report renews it. It knows no specs and no streams. Methods block: they run on the database's threads.
+first. Each report renews it, but not beyond the key that it was made with, nor a job's time. It knows no specs and no
+streams. Methods block: they run on the database's threads.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, delete, exists, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, exists, select, update
 
-from motley_server.errors import InvalidArgumentError, UnauthenticatedError
+from motley_server.errors import InvalidArgumentError, PermissionDeniedError, UnauthenticatedError
 from motley_server.registry.database import Database
 from motley_server.registry.job_records import (
     Ending,
@@ -30,16 +30,15 @@ from motley_server.registry.job_records import (
     WorkerRecord,
 )
 from motley_server.registry.job_rows import STATE_CHANGE, append_events, change_state
-from motley_server.registry.schema import jobs, leases
+from motley_server.registry.lease_ends import TIME_LIMIT, end_lease, held, lose_lease, time_held
+from motley_server.registry.schema import jobs, keys, leases
 from motley_server.registry.turns import has_work, take_turn
 from motley_server.registry.workers import note_seen, require_worker
 
 ID_BYTES = 8
 SECRET_BYTES = 32
-MAX_LOST_LEASES = 5
 SEEN_EVERY = timedelta(seconds=10)
 LATEST = frozenset({"progress", "data", "evaluation", "version"})
-LEASE_EXPIRED, TOO_MANY_ATTEMPTS = "LEASE_EXPIRED", "TOO_MANY_ATTEMPTS"
 
 _TEXT = re.compile(r"mj_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -49,29 +48,33 @@ _NOTHING: Mapping[str, str] = {}
 
 
 class Leases:
-    """Lease jobs to workers, for `duration` at a time."""
+    """Lease jobs to workers, for `duration` at a time, and to all workers together for `max_held` at most."""
 
-    def __init__(self, database: Database, duration: timedelta) -> None:
+    def __init__(self, database: Database, duration: timedelta, max_held: timedelta | None = None) -> None:
         self._database = database
         self._duration = duration
+        self._max_held = max_held
 
-    def lease(self, worker_name: str) -> Leased | None:
+    def lease(self, worker_name: str, key_id: str = "") -> Leased | None:
         """Put the next job that a worker can do into its hands; None if there is none.
 
         Semantics: who gets a turn, `turns` says. To ask in vain costs a look, not a write, but for one every ten
-        seconds, by which the worker is seen.
-        Raises: NotFoundError (reason=WORKER_NOT_REGISTERED).
+        seconds, by which the worker is seen. The key, empty for none, must count when the job is lent: whoever waits
+        while it is revoked gets none.
+        Raises: NotFoundError (reason=WORKER_NOT_REGISTERED); PermissionDeniedError (reason=WORKER_OF_ANOTHER_KEY) for a
+        worker that was registered with another key, or without one; UnauthenticatedError (reason=INVALID_KEY).
         """
         with self._database.reading() as connection:
-            worker = require_worker(connection, worker_name)
+            worker = _require_worker_of(connection, worker_name, key_id)
             if worker.seen_at > self._database.now() - SEEN_EVERY and not has_work(connection, worker):
                 return None
         with self._database.writing() as connection:
             now = self._database.now()
-            worker = require_worker(connection, worker_name)
+            worker = _require_worker_of(connection, worker_name, key_id)
+            key_expires_at = _require_key(connection, key_id, now)
             note_seen(connection, worker.name, now)
             job = take_turn(connection, worker)
-            return None if job is None else self._begin(connection, now, job, worker)
+            return None if job is None else self._begin(connection, now, job, worker, key_expires_at)
 
     def authenticate(self, token: str) -> LeaseScope | None:
         """Return what a token is good for; None for every text that is good for nothing, whatever is wrong with it.
@@ -83,7 +86,7 @@ class Leases:
             return None
         id, secret = match.groups()
         with self._database.reading() as connection:
-            row = connection.execute(_held(id)).mappings().one_or_none()
+            row = connection.execute(held(id)).mappings().one_or_none()
         kept = _NO_SECRET_SHA256 if row is None else row["secret_sha256"]
         is_proven = hmac.compare_digest(kept, _hash(secret))
         if row is None or not is_proven or row["expires_at"] <= self._database.now():
@@ -109,7 +112,8 @@ class Leases:
 
         Semantics: `num_reported` is how many events the lease had reported before these; those that were taken already
         are not taken again, and `latest` only with events that are new, or without any. A job that is given back after
-        its cancellation was asked for is cancelled. After an ending, the answer's time is that of the end.
+        its cancellation was asked for is cancelled. One that workers have had for too long fails, unless this report
+        ends it; then the answer has how it ended. After an ending, the answer's time is that of the end.
         Raises: UnauthenticatedError (reason=LEASE_ENDED); InvalidArgumentError (reason=OUT_OF_RANGE or INVALID_ENDING).
         """
         _check_report(events, num_reported, ending, latest)
@@ -125,10 +129,11 @@ class Leases:
             if latest and (new or not events):
                 connection.execute(update(jobs).where(jobs.c.id == row["job_id"]).values(dict(latest)))
             note_seen(connection, row["worker"], now)
-            if ending is not None:
-                _end(connection, now, row, ending)
-                return ReportAnswer(now, row["cancel_requested"])
-            expires_at = now + self._duration
+            overdue = None if ending is not None else self._overdue(row, now)
+            if (end := ending or overdue) is not None:
+                end_lease(connection, now, row, end)
+                return ReportAnswer(now, row["cancel_requested"], overdue)
+            expires_at = self._expiry(now, row["key_expires_at"])
             renewed = {"expires_at": expires_at, "num_reported": taken + len(new)}
             connection.execute(update(leases).where(leases.c.id == lease_id).values(renewed))
             return ReportAnswer(expires_at, row["cancel_requested"])
@@ -143,18 +148,27 @@ class Leases:
                 return ()
         with self._database.writing() as connection:
             now = self._database.now()
-            rows = connection.execute(_held().where(self._is_over()).order_by(leases.c.expires_at, leases.c.id))
-            return tuple(_lose(connection, now, row) for row in rows.mappings().all())
+            rows = connection.execute(held().where(self._is_over()).order_by(leases.c.expires_at, leases.c.id))
+            return tuple(lose_lease(connection, now, row) for row in rows.mappings().all())
 
-    def _begin(self, connection: Connection, now: datetime, job: JobRecord, worker: WorkerRecord) -> Leased:
+    def _begin(
+        self,
+        connection: Connection,
+        now: datetime,
+        job: JobRecord,
+        worker: WorkerRecord,
+        key_expires_at: datetime | None,
+    ) -> Leased:
         id, secret = secrets.token_hex(ID_BYTES), secrets.token_urlsafe(SECRET_BYTES)
-        expires_at = now + self._duration
+        expires_at = self._expiry(now, key_expires_at)
         connection.execute(
             leases.insert().values(
                 id=id,
                 job_id=job.id,
                 worker=worker.name,
+                key_id=worker.key_id,
                 secret_sha256=_hash(secret),
+                began_at=now,
                 expires_at=expires_at,
                 num_reported=0,
             )
@@ -166,14 +180,31 @@ class Leases:
     def _require(self, connection: Connection, lease_id: str, now: datetime) -> RowMapping:
         row = None
         if _ID.fullmatch(lease_id):
-            row = connection.execute(_held(lease_id)).mappings().one_or_none()
+            row = connection.execute(held(lease_id)).mappings().one_or_none()
         if row is None or row["expires_at"] <= now:
-            message = "the lease of this job has ended: stop working on it, and ask for another job"
-            raise UnauthenticatedError(message, reason="LEASE_ENDED")
+            raise lease_ended()
         return row
+
+    def _expiry(self, now: datetime, key_expires_at: datetime | None) -> datetime:
+        """Return until when a lease lasts that is made or renewed now: no longer than its key counts."""
+        end = now + self._duration
+        return end if key_expires_at is None else min(end, key_expires_at)
+
+    def _overdue(self, lease: RowMapping, now: datetime) -> Ending | None:
+        """Return how a job ends that workers have had for longer than any may; None while they have not."""
+        if self._max_held is None or time_held(lease, now) <= self._max_held:
+            return None
+        message = f"workers have had it for more than {self._max_held.total_seconds():g} s, which is all that a job may"
+        return Ending(JobState.FAILED, TIME_LIMIT, message)
 
     def _is_over(self) -> ColumnElement[bool]:
         return leases.c.expires_at <= self._database.now()
+
+
+def lease_ended() -> UnauthenticatedError:
+    """Make the refusal of whatever a lease would do that is over."""
+    message = "the lease of this job has ended: stop working on it, and ask for another job"
+    return UnauthenticatedError(message, reason="LEASE_ENDED")
 
 
 def upload_id_of(job_id: str) -> str:
@@ -181,35 +212,30 @@ def upload_id_of(job_id: str) -> str:
     return job_id
 
 
-def _held(lease_id: str | None = None) -> Select[Any]:
-    """Select leases with their jobs: one, or all."""
-    of_job = (jobs.c.owner, jobs.c.created_by, jobs.c.adapter_name, jobs.c.datasets, jobs.c.reads, jobs.c.spec)
-    query = select(leases, *of_job, jobs.c.cancel_requested, jobs.c.num_lost_leases)
-    query = query.join_from(leases, jobs, jobs.c.id == leases.c.job_id)
-    return query if lease_id is None else query.where(leases.c.id == lease_id)
+def _require_worker_of(connection: Connection, name: str, key_id: str) -> WorkerRecord:
+    worker = require_worker(connection, name)
+    if worker.key_id != key_id:
+        message = f"worker {name!r} was registered with another key: register it with this one, or choose another name"
+        raise PermissionDeniedError(message, reason="WORKER_OF_ANOTHER_KEY", field="worker")
+    return worker
+
+
+def _require_key(connection: Connection, key_id: str, now: datetime) -> datetime | None:
+    """Return when a key expires; None for one that does not, and for whoever came without any."""
+    if not key_id:
+        return None
+    row = connection.execute(select(keys.c.expires_at, keys.c.revoked_at).where(keys.c.id == key_id)).one_or_none()
+    if row is None or row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now):
+        message = "the key was revoked or has expired while its worker waited for a job"
+        raise UnauthenticatedError(message, reason="INVALID_KEY")
+    expires_at: datetime | None = row.expires_at
+    return expires_at
 
 
 def _scope_of(lease_id: str, row: RowMapping) -> LeaseScope:
     plain = {name: row[name] for name in ("worker", "job_id", "owner", "created_by", "adapter_name", "spec")}
     datasets, reads = tuple(row["datasets"]), tuple(row["reads"])
     return LeaseScope(lease_id, upload_id=upload_id_of(row["job_id"]), datasets=datasets, reads=reads, **plain)
-
-
-def _end(connection: Connection, now: datetime, lease: RowMapping, ending: Ending, lost: int = 0) -> JobRecord:
-    """End a lease, and its job or this attempt at it."""
-    if ending.state is JobState.QUEUED and lease["cancel_requested"]:
-        ending = Ending(JobState.CANCELLED)
-    connection.execute(delete(leases).where(leases.c.id == lease["id"]))
-    columns = {"num_lost_leases": lease["num_lost_leases"] + lost}
-    return change_state(connection, lease["job_id"], now, ending, columns)
-
-
-def _lose(connection: Connection, now: datetime, lease: RowMapping) -> JobRecord:
-    if lease["num_lost_leases"] + 1 >= MAX_LOST_LEASES and not lease["cancel_requested"]:
-        message = f"{MAX_LOST_LEASES} times a worker began it and was not heard of again"
-        return _end(connection, now, lease, Ending(JobState.FAILED, TOO_MANY_ATTEMPTS, message), lost=1)
-    message = f"worker {lease['worker']} was not heard of in time"
-    return _end(connection, now, lease, Ending(JobState.QUEUED, LEASE_EXPIRED, message), lost=1)
 
 
 def _check_report(

@@ -34,7 +34,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from motley_server.registry.names import LOCAL_TENANT
 
-VERSION = 3
+VERSION = 4
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -234,6 +234,7 @@ jobs = Table(
     Column("ended_at", UtcTime),
     Column("attempts", Integer, nullable=False),
     Column("num_lost_leases", Integer, nullable=False),
+    Column("held_seconds", Double, nullable=False),
     Column("worker", Text, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("progress", Text),
@@ -274,7 +275,9 @@ leases = Table(
     Column("id", _Id, primary_key=True),
     Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
     Column("worker", _Id, nullable=False),
+    Column("key_id", _Id, nullable=False),
     Column("secret_sha256", LargeBinary(32), nullable=False),
+    Column("began_at", UtcTime, nullable=False),
     Column("expires_at", UtcTime, nullable=False),
     Column("num_reported", BigInteger, nullable=False),
 )

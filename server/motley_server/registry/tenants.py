@@ -28,9 +28,10 @@ from motley_server.registry import pages
 from motley_server.registry.database import Database
 from motley_server.registry.holdings import count_open_jobs, forget_uploads, has_adapters
 from motley_server.registry.idempotency import Answer, Request, forget_scope
+from motley_server.registry.lease_ends import end_leases_of_keys
 from motley_server.registry.names import LOCAL_TENANT, NAME_RULE, PUBLIC_OWNER, is_name
 from motley_server.registry.records import Page, Quota, Tenant
-from motley_server.registry.schema import from_microseconds, tenants, to_microseconds
+from motley_server.registry.schema import from_microseconds, keys, tenants, to_microseconds
 
 LISTING = "tenants"
 MAX_DISPLAY_NAME_CHARACTERS = 200
@@ -142,7 +143,8 @@ class Tenants:
     def delete(self, id: str, *, request_id: str = "", scope: str = "") -> None:
         """Remove a tenant and its keys, which count no more from now on; not one who still has adapters.
 
-        Semantics: its datasets and its ended jobs go with it, by the tables' own rules.
+        Semantics: its datasets and its ended jobs go with it, by the tables' own rules; leases that were made with its
+        keys end.
         Raises: NotFoundError (reason=TENANT_NOT_FOUND); FailedPreconditionError (reason=TENANT_NEEDED for `local`,
         TENANT_OWNS_ADAPTERS, or TENANT_HAS_JOBS while some have not ended); InvalidArgumentError
         (reason=INVALID_REQUEST_ID); AlreadyExistsError (reason=REQUEST_ID_REUSED).
@@ -162,6 +164,7 @@ class Tenants:
             if count_open_jobs(connection, id):
                 message = f"tenant {id!r} has training jobs that have not ended: cancel them first"
                 raise FailedPreconditionError(message, reason="TENANT_HAS_JOBS", field="id")
+            end_leases_of_keys(connection, now, keys.c.tenant_id == id)
             forget_uploads(connection, id)
             forget_scope(connection, id)
             connection.execute(delete(tenants).where(tenants.c.id == id))

@@ -54,11 +54,12 @@ def narrowed(lease: LeaseScope, asked: AskedUpload) -> AskedUpload:
     """Return an upload with the aliases and labels that the lease's job says; it may ask for some of them, or none."""
     check_upload(lease, asked.upload_id)
     publish = spec_of(lease.spec).publish
-    aliases = tuple(publish.aliases) or (DEFAULT_ALIAS,)
+    aliases = () if publish.keep_aliases else tuple(publish.aliases) or (DEFAULT_ALIAS,)
     if asked.aliases != (DEFAULT_ALIAS,):  # what a header without any means
         for index, alias in enumerate(asked.aliases):
             if alias not in aliases:
-                raise _outside(f"alias {alias[:140]!r}", f"aliases {', '.join(aliases)}", f"aliases[{index}]")
+                allowed = f"aliases {', '.join(aliases)}" if aliases else "no alias"
+                raise _outside(f"alias {alias[:140]!r}", allowed, f"aliases[{index}]")
     labels = {**publish.labels, JOB_LABEL: lease.job_id}
     for key, value in asked.labels.items():
         if labels.get(key) != value:

@@ -17,6 +17,7 @@ from motley_server.registry.dataset_records import DatasetFormat
 from motley_server.registry.job_records import JobRecord, NewJob
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.rpc.convert_training import text_of
+from motley_server.rpc.training_sizes import least_adapter_bytes
 from motley_server.rpc.training_spec import adapters_of, check_spec, datasets_of
 from motley_server.training.opening import Training
 
@@ -58,7 +59,9 @@ class TrainingOrders:
             spec=text_of(spec),
         )
         try:
-            return await self._jobs.create(job, caller.quota, request_id=request_id, scope=scope)
+            return await self._jobs.create(
+                job, caller.quota, least_adapter_bytes(spec, self._base), request_id=request_id, scope=scope
+            )
         except NotFoundError as error:
             error.field = _field_of(error.field, list(named.values()))
             raise

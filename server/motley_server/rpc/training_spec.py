@@ -193,6 +193,9 @@ def _check_publishing(publish: training_pb2.PublishSettings) -> None:
         if len(publish.aliases) > MAX_ALIASES:
             message = f"{len(publish.aliases)} items; {MAX_ALIASES} are allowed"
             raise InvalidArgumentError(message, reason="OUT_OF_RANGE", field="aliases")
+        if publish.keep_aliases and publish.aliases:
+            message = "the spec names aliases to point at the version, and says to keep all where they are"
+            raise InvalidArgumentError(message, reason="ALIASES_KEPT", field="aliases")
         for index, alias in enumerate(publish.aliases):
             check_alias(alias, f"aliases[{index}]")
         if JOB_LABEL in publish.labels:

@@ -26,6 +26,7 @@ from motley_server.rpc.convert_adapters import timestamp_to
 from motley_server.rpc.convert_training import METHODS, job_to
 from motley_server.rpc.job_reports import read_report
 from motley_server.rpc.lease_scope import check_dataset
+from motley_server.rpc.worker_terms import terms_of
 from motley_server.training.jobs import Told
 from motley_server.training.opening import Training
 from motley_server.training.publications import find_published
@@ -49,6 +50,7 @@ class WorkerService(training_pb2_grpc.WorkerServiceServicer):
         self._adapters = adapters
         self._facts = facts
         self._check_open = check_open
+        self._terms = terms_of(facts.base, training.limits.lease_duration)
 
     async def RegisterWorker(  # noqa: N802
         self, request: training_pb2.RegisterWorkerRequest, context: Context
@@ -64,26 +66,25 @@ class WorkerService(training_pb2_grpc.WorkerServiceServicer):
         await self._run(
             self._training.workers.register, NewWorker(request.name, current_caller().key_id, *said)
         )  # fmt: skip
-        answer = training_pb2.RegisterWorkerResponse(quantization=base.quantization, dtype=base.dtype)
-        answer.lease_duration.FromTimedelta(self._training.limits.lease_duration)
-        return answer
+        return self._terms
 
     async def LeaseJob(  # noqa: N802
         self, request: training_pb2.LeaseJobRequest, context: Context
     ) -> training_pb2.LeaseJobResponse:
         """Wait for a job, and lend it."""
         self._check_open()
-        leased = await self._jobs.lease(request.worker, _wait_seconds(request.wait))
+        caller = current_caller()
+        leased = await self._jobs.lease(request.worker, caller.key_id, _wait_seconds(request.wait))
         # From here on nothing waits: who is not there any more when this begins is known, and has been lent nothing.
         if leased is None:
             return training_pb2.LeaseJobResponse()
-        caller = current_caller()
         _write_down("LeaseJob", caller, leased.job, worker=request.worker)
         lease = training_pb2.Lease(
             job=job_to(leased.job),
             token=leased.token,
             expire_time=timestamp_to(leased.expires_at),
             upload_id=leased.upload_id,
+            terms_digest=self._terms.terms_digest,
         )
         return training_pb2.LeaseJobResponse(lease=lease)
 

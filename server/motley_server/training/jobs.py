@@ -27,7 +27,7 @@ from motley_server.registry.job_records import (
     ReportAnswer,
 )
 from motley_server.registry.jobs import Jobs
-from motley_server.registry.leases import Leases
+from motley_server.registry.leases import Leases, lease_ended
 from motley_server.registry.records import Quota
 from motley_server.training.changes import LOOK_SECONDS, QUEUE, Changes
 from motley_server.training.observer import TrainingObserver
@@ -67,9 +67,9 @@ class JobDesk:
         """Return how many wait for a job's next event, or for a job."""
         return self._changes.num_waiting
 
-    async def create(self, new: NewJob, quota: Quota, *, request_id: str, scope: str) -> JobRecord:
+    async def create(self, new: NewJob, quota: Quota, adapter_bytes: int, *, request_id: str, scope: str) -> JobRecord:
         """Queue a job; see `Jobs.create`."""
-        job = await self._run(self._jobs.create, new, quota, request_id=request_id, scope=scope)
+        job = await self._run(self._jobs.create, new, quota, adapter_bytes, request_id=request_id, scope=scope)
         self._changes.tell(QUEUE)
         return job
 
@@ -102,8 +102,8 @@ class JobDesk:
                     after = event.sequence
                     yield event
 
-    async def lease(self, worker: str, wait_seconds: float) -> Leased | None:
-        """Lend a worker a job that it can do, waiting for one; None if there is none until then.
+    async def lease(self, worker: str, key_id: str, wait_seconds: float) -> Leased | None:
+        """Lend a worker a job that it can do, under a key, waiting for one; None if there is none until then.
 
         Semantics: whoever stops waiting has not been lent any.
         Raises: what `Leases.lease` does; UnavailableError (reason=DRAINING).
@@ -114,7 +114,7 @@ class JobDesk:
             while True:
                 self._check_open()
                 change.begin_to_look()
-                leased = await self._take(worker)
+                leased = await self._take(worker, key_id)
                 if leased is not None:
                     self._note_lease(leased.job)
                     return leased
@@ -133,13 +133,18 @@ class JobDesk:
             log.warning("job %s is lent to nobody until its lease expires: %s", leased.job.id, error.message)
 
     async def report(self, told: Told, job: JobRecord) -> ReportAnswer:
-        """Take in what a worker tells of its job; see `Leases.report`."""
+        """Take in what a worker tells of its job.
+
+        Raises: what `Leases.report` does; UnauthenticatedError (reason=LEASE_ENDED), too, where the job's time is over.
+        """
         answer = await self._run(
             self._leases.report, told.lease_id, told.events, told.num_reported, told.ending, told.latest
         )
         self._changes.tell(job.id)
-        if told.ending is not None:
-            self._note_end(job, told.ending.state, was_cancelled=answer.cancel_requested)
+        if (ending := told.ending or answer.overdue) is not None:
+            self._note_end(job, ending.state, was_cancelled=answer.cancel_requested)
+        if answer.overdue is not None:
+            raise lease_ended()
         return answer
 
     async def expire(self) -> tuple[JobRecord, ...]:
@@ -160,8 +165,8 @@ class JobDesk:
         self.close()
         await asyncio.gather(*self._giving_back, return_exceptions=True)
 
-    async def _take(self, worker: str) -> Leased | None:
-        taking = asyncio.create_task(self._run(self._leases.lease, worker))
+    async def _take(self, worker: str, key_id: str) -> Leased | None:
+        taking = asyncio.create_task(self._run(self._leases.lease, worker, key_id))
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:  # whoever asked is gone, and the registry may have lent a job meanwhile

@@ -1,4 +1,5 @@
-"""The keeper: on timers, leases end that were not kept, figures are taken, and bytes go that no dataset needs.
+"""The keeper: on timers, leases end that were not kept, figures are taken, and what nobody needs goes: bytes of no
+dataset, and jobs that ended long ago.
 
 Runs on the event loop's thread; the work itself on the database's.
 """
@@ -42,6 +43,7 @@ class Keeper:
         dataset_desk: DatasetDesk,
         collector: Collector,
         observer: TrainingObserver,
+        ended_jobs_kept: timedelta | None = None,
     ) -> None:
         self._run = database.run
         self._jobs = jobs
@@ -50,6 +52,7 @@ class Keeper:
         self._dataset_desk = dataset_desk
         self._collector = collector
         self._observer = observer
+        self._ended_jobs_kept = ended_jobs_kept
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, collect_seconds: float) -> None:
@@ -80,7 +83,11 @@ class Keeper:
         self._observer.training_counted(counts[JobState.QUEUED], counts[JobState.RUNNING], len(workers))
 
     async def collect(self) -> None:
-        """Remove from disk what no dataset and no upload needs."""
+        """Remove from disk what no dataset and no upload needs, and forget jobs that ended long ago."""
+        if self._ended_jobs_kept is not None:
+            forgotten = await self._run(self._jobs.forget_ended, self._ended_jobs_kept)
+            if forgotten:
+                log.info("forgot %d jobs that ended more than %s ago", forgotten, self._ended_jobs_kept)
         collected = await self._run(self._collector.collect, frozenset(), self._dataset_desk.active)
         self._observer.bytes_collected(collected.freed_bytes)
         if collected.freed_bytes:

@@ -1,7 +1,8 @@
 """The lines of a dataset, each of them checked before a job can name it: JSON, of one shape, with something to learn.
 
-One line is in memory at a time, and no line may be long, so that what a file takes to check does not depend on its
-size. It knows no owners and no store. It blocks, and computes: it runs on a thread of its own.
+One line is in memory at a time, and no line may be long, so that the memory of a check does not depend on a file's
+size, and its time grows no faster than that. It knows no owners and no store. It blocks, and computes: it runs on a
+thread of its own.
 """
 
 from __future__ import annotations
@@ -112,9 +113,11 @@ def _parse(line: bytes) -> object:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _BadLineError("LINE_NOT_JSON", f"has {_show(twice)} twice in one object")
+        seen: set[str] = set()  # of one line's keys there may be a hundred thousand, and each is looked at once
+        for name, _ in pairs:
+            if name in seen:
+                raise _BadLineError("LINE_NOT_JSON", f"has {_show(name)} twice in one object")
+            seen.add(name)
     return found
 
 

@@ -29,10 +29,17 @@ FOLDER = "datasets"
 
 @dataclass(frozen=True, slots=True)
 class TrainingLimits:
-    """How large a dataset may be, and how long a lease is kept without a word."""
+    """How large datasets may be, how long a lease is kept without a word, and how long jobs last; None is no limit.
+
+    Semantics: `max_dataset_bytes_total` is of a tenant's datasets together, `max_job_duration` of a job's time in
+    workers' hands, `ended_jobs_kept` of the time from a job's end until it is forgotten.
+    """
 
     max_dataset_bytes: int
     lease_duration: timedelta
+    max_dataset_bytes_total: int | None = None
+    max_job_duration: timedelta | None = None
+    ended_jobs_kept: timedelta | None = None
 
 
 class Training:
@@ -45,11 +52,11 @@ class Training:
         """
         self.limits = limits
         self.database = database
-        self.datasets = Datasets(database)
+        self.datasets = Datasets(database, limits.max_dataset_bytes_total)
         self.jobs = Jobs(database)
         self.workers = Workers(database)
-        self.leases = Leases(database, limits.lease_duration)
-        uploads = DatasetUploads(database)
+        self.leases = Leases(database, limits.lease_duration, limits.max_job_duration)
+        uploads = DatasetUploads(database, limits.max_dataset_bytes_total)
         self._store = BundleStore(data_dir / FOLDER, names=(FILE_NAME,))
         intake = DatasetIntake(self._store, self.datasets, uploads)
         registry = DatasetRegistry(database, self.datasets, uploads, intake)
@@ -57,7 +64,8 @@ class Training:
         self.job_desk = JobDesk(database, self.jobs, self.leases, observer)
         collector = Collector(self._store, self.datasets, uploads, database.now)
         self.keeper = Keeper(
-            database, self.jobs, self.workers, self.job_desk, self.dataset_desk, collector, observer
+            database, self.jobs, self.workers, self.job_desk, self.dataset_desk, collector, observer,
+            limits.ended_jobs_kept,
         )  # fmt: skip
 
     def start(self, collect_seconds: float) -> None:

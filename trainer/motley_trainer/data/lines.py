@@ -1,14 +1,14 @@
 """The lines of a dataset, each turned into parts of text of which some are learned.
 
 The first line decides which shape all have. A dataset was checked when it was uploaded; what is wrong here all the same
-ends the job with the line's number. Owns the chat template's part in it; knows nothing of tokens. Runs on the calling
-thread.
+ends the job with the line's number. Knows nothing of tokens. Runs on the calling thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,9 +17,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from motley_trainer.data.conversations import ASSISTANT, TemplateMisfitError, answers_in
 from motley_trainer.errors import DataError
-
-ASSISTANT = "assistant"
 
 
 class DatasetFormat(StrEnum):
@@ -47,17 +46,29 @@ class Passage:
     answers: bool = True
 
 
-def read_passages(path: Path, digest: str, tokenizer: PreTrainedTokenizerBase, field: str) -> Iterator[Passage]:
+def read_passages(
+    path: Path,
+    digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str,
+    *,
+    on_line: Callable[[int, float], None] = lambda number, share: None,
+) -> Iterator[Passage]:
     """Yield a dataset's lines, and check at the end that it was the one of this digest.
 
+    Semantics: before each line `on_line` is called with its number and the share of the bytes before it.
     Raises: DataError with reason BAD_LINE, CHAT_TEMPLATE, DATASET_CHANGED, DATASET_UNREADABLE or TOO_LITTLE_DATA; the
     sentence names the line where it is one's fault.
     """
     format: DatasetFormat | None = None
     found = hashlib.sha256()
+    num_bytes = 0
     try:
         with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
             for number, line in enumerate(file, 1):
+                on_line(number, num_bytes / total)
+                num_bytes += len(line)
                 found.update(line)
                 format, passage = _read_line(number, line, format, tokenizer, field)
                 yield passage
@@ -92,7 +103,7 @@ def _read_line(
         return own, _plain(number, sample)
     except _UnfitError as error:
         raise refuse(str(error)) from None
-    except _TemplateMisfitError as error:
+    except TemplateMisfitError as error:
         raise refuse(str(error), "CHAT_TEMPLATE") from error
 
 
@@ -105,10 +116,6 @@ _SHAPES: Mapping[frozenset[str], DatasetFormat] = {
 
 class _UnfitError(Exception):
     """Say what a line has that a sample has not, as the rest of a sentence."""
-
-
-class _TemplateMisfitError(Exception):
-    """Say why a chat template cannot show what of a conversation is learned, as the rest of a sentence."""
 
 
 def _plain(number: int, sample: Mapping[str, object]) -> Passage:
@@ -126,7 +133,7 @@ def _plain(number: int, sample: Mapping[str, object]) -> Passage:
 def _chat(number: int, messages: object, tokenizer: PreTrainedTokenizerBase) -> Passage:
     turns = _turns(messages)
     if tokenizer.chat_template is None:
-        raise _TemplateMisfitError("is a conversation, and the base has no chat template")
+        raise TemplateMisfitError("is a conversation, and the base has no chat template")
 
     def render(turns: Sequence[Mapping[str, str]], is_answer_next: bool) -> str:
         try:
@@ -134,32 +141,11 @@ def _chat(number: int, messages: object, tokenizer: PreTrainedTokenizerBase) -> 
                 [*map(dict, turns)], tokenize=False, add_generation_prompt=is_answer_next
             )
         except (TemplateError, ValueError, TypeError, IndexError) as error:
-            raise _TemplateMisfitError(f"is refused by the base's chat template: {error}") from error
+            raise TemplateMisfitError(f"is refused by the base's chat template: {error}") from error
         return str(text)
 
     text = render(turns, False)
-    return Passage(number, text, tuple(_answers(turns, text, render)), has_special_tokens=False, ends=False)
-
-
-def _answers(
-    turns: Sequence[Mapping[str, str]], text: str, render: Callable[[Sequence[Mapping[str, str]], bool], str]
-) -> Iterator[tuple[int, int]]:
-    """Yield where in a conversation's text each answer of the assistant's begins and ends.
-
-    Semantics: an answer begins where the text ends that it is asked for with, and ends where the text with it ends;
-    what the template writes to close the turn is learned too. This holds for templates that only ever append; one that
-    writes earlier turns otherwise once there are later ones is refused, since it would be learned as it is never asked.
-    """
-    for place, turn in enumerate(turns):
-        if turn["role"] != ASSISTANT:
-            continue
-        asked, answered = render(turns[:place], True), render(turns[: place + 1], False)
-        if not (answered.startswith(asked) and text.startswith(answered)):
-            message = (
-                f"cannot be learned: the base's chat template rewrites what stands before or after turn {place + 1}"
-            )
-            raise _TemplateMisfitError(message)
-        yield len(asked), len(answered)
+    return Passage(number, text, answers_in(turns, text, render), has_special_tokens=False, ends=False)
 
 
 def _turns(messages: object) -> list[Mapping[str, str]]:

@@ -12,12 +12,15 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from motley_trainer.data.batches import NOT_LEARNED
 from motley_trainer.data.lines import Passage
 from motley_trainer.errors import DataError
 from motley_trainer.spec.settings import OverLength
+
+FEW_BORDERS = 2  # up to which every beginning is encoded from the first character
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -117,7 +120,11 @@ def truncate(sample: Sample, max_length: int) -> Sample:
 def _encode_at(
     text: str, borders: Sequence[int], tokenizer: PreTrainedTokenizerBase, has_special_tokens: bool
 ) -> tuple[list[int], dict[int, int]]:
-    """Return a text's tokens, and at which token each border between its characters lies."""
+    """Return a text's tokens, and at which token each border between its characters lies.
+
+    Semantics: what stands before a token that is cut out of any text has no part in what comes after it, so that a
+    beginning is encoded from the last such token on alone: a conversation in a time that grows with its length.
+    """
 
     def tokens_of(part: str, is_first: bool = True) -> list[int]:
         ids = tokenizer.encode(part, add_special_tokens=has_special_tokens and is_first, verbose=False)
@@ -125,12 +132,17 @@ def _encode_at(
 
     whole = tokens_of(text)
     places = {0: 0, len(text): len(whole)}
+    cuts = iter(_cuts(text, whole, tokenizer) if len(borders) > FEW_BORDERS and not has_special_tokens else ())
+    last, following = _Cut(0, 0, 0), next(cuts, None)
     for border in borders:
+        while following is not None and following.end <= border:
+            last, following = following, next(cuts, None)
         if border not in places:
-            beginning = tokens_of(text[:border])
-            if whole[: len(beginning)] != beginning:
+            beginning = tokens_of(text[last.start : border])
+            place = last.place + len(beginning)
+            if whole[last.place : place] != beginning:
                 break
-            places[border] = len(beginning)
+            places[border] = place
     else:
         return whole, places
     ids = tokens_of(text[: borders[0]])
@@ -140,3 +152,30 @@ def _encode_at(
         ids += tokens_of(text[start:end], is_first=False)
     places[len(text)] = len(ids)
     return ids, places
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A token that is cut out of a text before anything else is done: its characters, and its place among all."""
+
+    start: int
+    end: int
+    place: int
+
+
+def _cuts(text: str, whole: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Cut]:
+    """Return the tokens that are cut out of a text, in their order; none where the tokenizer does not show them."""
+    if not tokenizer.is_fast:
+        return []
+    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if _is_cut_out(token)}
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if encoded["input_ids"] != whole:
+        return []
+    offsets = enumerate(encoded["offset_mapping"])
+    cuts = [_Cut(start, end, place) for place, (start, end) in offsets if whole[place] in added]
+    return [cut for cut in cuts if text[cut.start : cut.end].strip() == added[whole[cut.place]]]
+
+
+def _is_cut_out(token: AddedToken) -> bool:
+    """Tell whether a token is found in the text as it is, whatever stands beside it."""
+    return not (token.normalized or token.single_word)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -58,11 +58,20 @@ class TrainingData:
     seed: int
 
     def num_steps(self, spec: TrainingSpec) -> int:
-        """Return how many steps a spec asks for."""
+        """Return how many steps a spec asks for: epochs are rounded up to whole steps.
+
+        Raises: SettingsError with reason BAD_SPEC for epochs that come to less than one sample.
+        """
         if spec.steps is not None:
             return spec.steps
         assert spec.epochs is not None
-        return max(1, math.ceil(spec.epochs * len(self.training) / spec.batch_size))
+        count = len(self.training)
+        if spec.epochs * count < 1:
+            message = (
+                f"epochs {spec.epochs:g} of {count} samples are less than one of them: ask for {1 / count:.4g} at least"
+            )
+            raise SettingsError(message, reason="BAD_SPEC", field="epochs")
+        return math.ceil(spec.epochs * count / spec.batch_size)
 
     def at(self, start: int, count: int) -> list[Sample]:
         """Return the samples at places [start, start + count) of the passes over the data, one after the other."""
@@ -85,10 +94,17 @@ def batches_of(samples: Sequence[Sample], size: int) -> list[Batch]:
 
 
 def read_data(
-    folder: Path, spec: TrainingSpec, tokenizer: PreTrainedTokenizerBase, context_length: int
+    folder: Path,
+    spec: TrainingSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    *,
+    on_line: Callable[[str, int, float], None] = lambda field, number, share: None,
 ) -> TrainingData:
     """Read the datasets that a spec names from a folder.
 
+    Semantics: before each line `on_line` is called with the field that names its dataset, its number and the share of
+    the bytes before it.
     Raises: SettingsError with reason BAD_SPEC for a `max_length` beyond the context; DataError as `read_passages` and
     `encode_passages` do, or with reason TOO_LITTLE_DATA.
     """
@@ -99,7 +115,7 @@ def read_data(
 
     def encoded(digest: str, field: str) -> Encoded:
         path = folder / f"{digest.removeprefix('sha256:')}.jsonl"
-        passages = read_passages(path, digest, tokenizer, field)
+        passages = read_passages(path, digest, tokenizer, field, on_line=partial(on_line, field))
         return encode_passages(passages, tokenizer, max_length=max_length, over_length=spec.over_length, field=field)
 
     data = encoded(spec.dataset, "dataset")

@@ -88,6 +88,11 @@ class Checkpoints:
                 return checkpoint
         return None
 
+    def drop(self) -> None:
+        """Remove all checkpoints."""
+        for _, path in self._found():
+            shutil.rmtree(path)
+
     def _found(self) -> list[tuple[int, Path]]:
         """Return the checkpoints by their steps, newest first."""
         matches = ((_NAME.fullmatch(path.name), path) for path in self._folder.glob("step-*"))

@@ -190,9 +190,10 @@ def judge(gate: GateSettings, evaluation: Evaluation) -> Verdict:
     """Hold an evaluation against a gate."""
     bound = gate.max_loss_ratio * evaluation.loss_before
     if not evaluation.loss_after <= bound:
+        after, before, most = _told_apart(evaluation.loss_after, evaluation.loss_before, bound)
         message = (
-            f"the held-out loss is {evaluation.loss_after:.4g} after training and was {evaluation.loss_before:.4g} "
-            f"before; gate.max_loss_ratio {gate.max_loss_ratio:g} asks for {bound:.4g} at most"
+            f"the held-out loss is {after} after training and was {before} before; gate.max_loss_ratio "
+            f"{gate.max_loss_ratio!r} asks for {most} at most"
         )
         return Verdict(False, "GATE_NOT_PASSED", message)
     wanted, found = gate.min_exact_match, evaluation.exact_match_after
@@ -200,3 +201,12 @@ def judge(gate: GateSettings, evaluation: Evaluation) -> Verdict:
         message = f"{found} of the held-out answers are exactly right, and gate.min_exact_match asks for {wanted:g}"
         return Verdict(False, "GATE_NOT_PASSED", message)
     return Verdict(True)
+
+
+def _told_apart(after: float, *others: float) -> list[str]:
+    """Return numbers in as few digits, four at least, as show that the first is none of the others."""
+    for digits in range(4, 18):  # 17 tell any two apart
+        first, *rest = (f"{number:.{digits}g}" for number in (after, *others))
+        if all(shown != first or other == after for shown, other in zip(rest, others, strict=True)):
+            break
+    return [first, *rest]

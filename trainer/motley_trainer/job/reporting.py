@@ -17,6 +17,7 @@ import torch
 Emit = Callable[[Mapping[str, object]], None]
 
 SECONDS_BETWEEN = 1.0
+SECONDS_BETWEEN_STAGES = 5.0  # that say how far one and the same is
 
 
 class JobCancelledError(Exception):
@@ -44,14 +45,21 @@ class Reporter:
         self._emit = emit
         self.should_stop = should_stop
         self._clock = clock
-        self._began = self._told = clock()
+        self._began = self._told = self._said = clock()
         self._num_steps_done = self._num_tokens = 0
         self._untold: Step | None = None
 
     def stage(self, text: str) -> None:
         """Say what is being done, in a few words, and stop here if that is asked."""
         self.stop_if_asked()
+        self._said = self._clock()
         self._emit({"stage": text})
+
+    def read(self, field: str, number: int, share: float) -> None:
+        """Say now and then how far a dataset is read, and stop here if that is asked."""
+        self.stop_if_asked()
+        if self._clock() - self._said >= SECONDS_BETWEEN_STAGES:
+            self.stage(f"reading data: line {number} of {field}, {share:.0%}")
 
     def tell(self, kind: str, value: object) -> None:
         """Tell anything else."""

@@ -7,7 +7,8 @@ where it was. It reads the base and that folder, writes that folder, and knows n
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from motley_bases.pruned import register_pruned
 from motley_trainer.data.batches import Batch
 from motley_trainer.data.training_data import TrainingData, batches_of, read_data
 from motley_trainer.device import parse_device
+from motley_trainer.errors import CheckpointError
 from motley_trainer.job.base import load_job_base
 from motley_trainer.job.captured import buffers_of, restore
 from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
@@ -30,6 +32,10 @@ from motley_trainer.job.reporting import Emit, Reporter
 from motley_trainer.job.schedule import warmup_steps
 from motley_trainer.methods import method_of
 from motley_trainer.methods.method import Attached, Context
+
+TERMS = ("quantization", "dtype", "device")  # what a server or a worker may be restarted with otherwise
+
+log = logging.getLogger(__name__)
 
 
 def run(directory: Path, emit: Emit, should_stop: Callable[[], bool] = lambda: False) -> Result:
@@ -83,9 +89,8 @@ class _Job:
         self._reporter.stage("reading data")
         register_pruned()
         tokenizer = load_tokenizer(self._request.base)
-        data = read_data(
-            self._files.data, self._spec, tokenizer, context_length(read_parsed_config(self._request.base))
-        )
+        length = context_length(read_parsed_config(self._request.base))
+        data = read_data(self._files.data, self._spec, tokenizer, length, on_line=self._reporter.read)
         check_gate(self._spec.gate, data.held_out)
         warmup_steps(self._spec.optimizer, data.num_steps(self._spec))
         self._reporter.tell("data", data.report.to_json())
@@ -122,10 +127,24 @@ class _Job:
     def _train(self, data: TrainingData) -> tuple[Attached, Checkpoint]:
         base = self._hold(self._request.trained_quantization)
         checkpoints = Checkpoints(self._files.checkpoints, self._binding(base))
-        resumed = checkpoints.latest()
+        resumed = self._resumed(checkpoints)
         self._reporter.stage("training")
         attached = self._attach(base, data, resumed)
+        if resumed is None and isinstance(shares := attached.facts().get("shares"), Mapping):
+            self._reporter.stage(f"training {', '.join(f'{share:.4%} of {name}' for name, share in shares.items())}")
         return attached, train(Training(base.model, attached, self._spec, data), checkpoints, resumed, self._reporter)
+
+    def _resumed(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """Return the checkpoint to go on from; those of other terms are dropped, which nobody's fault makes useless."""
+        try:
+            return checkpoints.latest()
+        except CheckpointError as error:
+            if error.field not in TERMS:
+                raise
+            log.warning("starting over: %s", error)
+            self._reporter.stage(f"starting over: {error.message}")
+        checkpoints.drop()
+        return None
 
     def _attach(self, base: PlainBase, data: TrainingData, resumed: Checkpoint | None) -> Attached:
         def calibration(count: int) -> list[Batch]:

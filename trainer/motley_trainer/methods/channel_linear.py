@@ -43,8 +43,8 @@ class ChannelLinear(nn.Module):
         if self.side == "input":
             added_to: Tensor = _AddColumns.apply(x, y, self.block, self.channels)  # type: ignore[no-untyped-call]
             return added_to
-        added = x.to(self.block.dtype) @ self.block.T
-        return y.index_add(-1, self.channels, added.to(y.dtype))
+        rows_added: Tensor = _AddRows.apply(x, y, self.block, self.channels)  # type: ignore[no-untyped-call]
+        return rows_added
 
 
 class _AddColumns(torch.autograd.Function):
@@ -68,4 +68,25 @@ class _AddColumns(torch.autograd.Function):
             of_x.index_copy_(-1, channels, (wide @ block).to(of_y.dtype))
         if ctx.needs_input_grad[2]:
             of_block = wide.flatten(0, -2).T @ picked.to(block.dtype).flatten(0, -2)
+        return of_x, of_y, of_block, None
+
+
+class _AddRows(torch.autograd.Function):
+    """y, with x @ block^T added to its channels; a backward pass finds x as it came, and not a wider copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, block: Tensor, channels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, block, channels)
+        return y.index_add(-1, channels, (x.to(block.dtype) @ block.T).to(y.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (of_y,) = gradients
+        x, block, channels = ctx.saved_tensors
+        of_rows = of_y.index_select(-1, channels).to(block.dtype)
+        of_x = of_block = None
+        if ctx.needs_input_grad[0]:
+            of_x = (of_rows @ block).to(x.dtype)
+        if ctx.needs_input_grad[2]:
+            of_block = of_rows.flatten(0, -2).T @ x.to(block.dtype).flatten(0, -2)
         return of_x, of_y, of_block, None

@@ -70,7 +70,7 @@ class S2ft:
         self, model: PreTrainedModel, context: Context, places: Sequence[tuple[Place, float]]
     ) -> dict[Site, Tensor]:
         asked = self._settings
-        claimed = _claimed(context)
+        claimed = _claimed(context, asked.disjoint_from)
         chosen: dict[Site, Tensor] = {}
         for place, share in places:
             sites = sites_of(context.spec, place)
@@ -128,15 +128,26 @@ class AttachedChannels:
         is_scored = asked.score is not ChannelScore.RANDOM
         needs_samples = is_scored and asked.score is not ChannelScore.WEIGHT
         return {
-            "num_parameters": sum(linear.block.numel() for linear in self._linears.values()),
-            "num_linears": len(self._linears),
+            "num_trained_parameters": sum(linear.block.numel() for linear in self._linears.values()),
+            "num_modules": len(self._linears),
             "num_channels": sum(len(linear.channels) for linear in self._linears.values()),
+            "shares": self._shares(),
             "selection": str(asked.score),
             "order": str(asked.order) if is_scored else None,
             "budget": str(asked.budget),
             "calibration_samples": asked.calibration_samples if needs_samples else 0,
             "disjoint_from": list(asked.disjoint_from),
         }
+
+    def _shares(self) -> Mapping[str, float]:
+        """Return which share of its channels each place trains: what was asked for, in whole heads and channels."""
+        shares = {}
+        for place in Place:
+            ends = f".{place.value}"
+            if chosen := sum(len(linear.channels) for path, linear in self._linears.items() if path.endswith(ends)):
+                total = sum(site.num_items * site.item_size for site in sites_of(self._base, place))
+                shares[place.value] = chosen / total
+        return shares
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -150,13 +161,13 @@ class AttachedChannels:
                 linear.is_on = True
 
 
-def _claimed(context: Context) -> dict[tuple[str, str], frozenset[int]]:
+def _claimed(context: Context, names: Sequence[str]) -> dict[tuple[str, str], frozenset[int]]:
     """Return the channels of the adapters that must not be touched, by path and side."""
     claimed: dict[tuple[str, str], frozenset[int]] = {}
-    for index, directory in enumerate(context.adapters):
+    for index, (name, directory) in enumerate(zip(names, context.adapters, strict=True)):
         spec = inspect_adapter(directory, context.spec).spec
         if spec.kind != kind.KIND:
-            message = f"{directory.name} is of kind {spec.kind}: only adapters of kind {kind.KIND} have channels"
+            message = f"{name} is of kind {spec.kind}: only adapters of kind {kind.KIND} have channels"
             raise SettingsError(message, reason="NOT_S2FT", field=f"s2ft.disjoint_from[{index}]")
         for path, channels in spec.channels.items():
             known = claimed.get((path, channels.side), frozenset())

@@ -1,4 +1,4 @@
-"""The JSON of a TrainingSpec, read into `spec.py`'s facts.
+"""The JSON of a TrainingSpec, read into the facts of `settings.py`.
 
 It is proto JSON with the proto's own field names: enums by name, 64-bit numbers perhaps as strings. What is there is
 understood, or refused by the name that the proto gives it. Pure.

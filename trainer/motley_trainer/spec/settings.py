@@ -1,6 +1,6 @@
 """What a training job is asked to do: the TrainingSpec of the wire as frozen facts, its defaults filled in.
 
-Numbers and words alone: no torch, no protobuf. `spec_reading.py` makes these from JSON, and has checked what can be
+Numbers and words alone: no torch, no protobuf. `reading.py` makes these from JSON, and has checked what can be
 checked without the data and the base. Pure.
 """
 

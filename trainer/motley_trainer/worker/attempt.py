@@ -6,7 +6,6 @@ Owns which end a lease comes to, and what stays in the job's directory after it.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from motley_client.errors import MotleyClientError, UnauthenticatedError
 from motley_client.types_worker import JobEnding, Lease, LeaseEnd, WorkerTerms
 from motley_client.worker_calls import LeaseClient
 
+from motley_trainer.worker.faults import Faults, WorkerAtFaultError, fault_of
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.reports import EndingRefusedError, LeaseGoneError, Reporter
 from motley_trainer.worker.settings import WorkerSettings
 from motley_trainer.worker.stopping import Stop
 from motley_trainer.worker.work import JobFailedError, Work
-from motley_trainer.worker.workplace import JobDirectory, Workplace
+from motley_trainer.worker.workplace import ADAPTER, CHECKPOINTS, RESULT, Workplace
 
 LOST = "lost"
 
@@ -36,13 +36,22 @@ class Surroundings:
     connect: Callable[[str], LeaseClient]
     metrics: WorkerMetrics
     stop: Stop
+    faults: Faults
 
 
-async def attempt(lease: Lease, terms: WorkerTerms, around: Surroundings) -> str:
-    """Do a leased job as far as it gets, and return the state in which it was left; `lost` if that is another's now.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The state in which a job was left, `lost` if it is another's now; `fault` is why the worker gave it back."""
+
+    state: str
+    fault: str = ""
+
+
+async def attempt(lease: Lease, terms: WorkerTerms, around: Surroundings) -> Outcome:
+    """Do a leased job as far as it gets, and return how it was left.
 
     Effects: the job's directory stays where the job goes on later. Of one that failed or was cancelled its checkpoints
-    stay, of one that ended otherwise nothing.
+    stay, and the adapter if only its publication failed; of one that ended otherwise nothing.
     """
     job, settings = lease.job, around.settings
     async with around.connect(lease.token) as client:
@@ -53,15 +62,14 @@ async def attempt(lease: Lease, terms: WorkerTerms, around: Surroundings) -> str
         work = Work(lease, settings, terms, client, reporter, around.metrics, around.stop)
         try:
             ending = await _come_to_an_end(work, reporter, around)
-            ending = await _reported(ending, reporter)
+            ending = await _reported(ending, reporter, work)
         except LeaseGoneError as error:
             log.warning("%s: lost, its directory stays: %s", job.id, error)
-            return LOST
+            return Outcome(LOST)
     state = ending.end.value
     log.info("%s: %s%s", job.id, state, f", {ending.reason}: {ending.message}" if ending.reason else "")
-    if work.directory is not None:
-        await asyncio.to_thread(_clean_up, work.directory, ending.end)
-    return state
+    await asyncio.to_thread(_clean_up, work, ending.end)
+    return Outcome(state, ending.reason if ending.end is LeaseEnd.QUEUED else "")
 
 
 async def _come_to_an_end(work: Work, reporter: Reporter, around: Surroundings) -> JobEnding:
@@ -80,7 +88,7 @@ async def _come_to_an_end(work: Work, reporter: Reporter, around: Surroundings) 
         while True:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if doing.done():
-                return _ending_of(doing)
+                return _ending_of(doing, work, around)
             if keeping.done():
                 await keeping  # raises
             if stopped.done():
@@ -93,7 +101,7 @@ async def _come_to_an_end(work: Work, reporter: Reporter, around: Surroundings) 
         await _cancel(keeping, stopped, cancelled)
 
 
-async def _reported(ending: JobEnding, reporter: Reporter) -> JobEnding:
+async def _reported(ending: JobEnding, reporter: Reporter, work: Work) -> JobEnding:
     """Report how a job ended, and return it: as failed, if the server does not take it so.
 
     Raises: LeaseGoneError.
@@ -101,7 +109,7 @@ async def _reported(ending: JobEnding, reporter: Reporter) -> JobEnding:
     try:
         await reporter.finish(ending)
     except EndingRefusedError as error:
-        ending = JobEnding(LeaseEnd.FAILED, error.reason, error.message)
+        ending = _failed(work, error.reason, error.message)
         await reporter.finish(ending)
     return ending
 
@@ -112,8 +120,8 @@ async def _cancel(*tasks: asyncio.Task[object]) -> None:
     await asyncio.wait(tasks)
 
 
-def _ending_of(doing: asyncio.Task[JobEnding]) -> JobEnding:
-    """Return how the work ended, as what went wrong if it did.
+def _ending_of(doing: asyncio.Task[JobEnding], work: Work, around: Surroundings) -> JobEnding:
+    """Return how the work ended, as what went wrong if it did: a fault of the worker's gives the job back.
 
     Raises: LeaseGoneError where the server no longer knows the lease.
     """
@@ -122,20 +130,38 @@ def _ending_of(doing: asyncio.Task[JobEnding]) -> JobEnding:
     except UnauthenticatedError as error:
         raise LeaseGoneError(str(error)) from error
     except (JobFailedError, MotleyClientError) as error:
-        return JobEnding(LeaseEnd.FAILED, error.reason, error.message)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"the worker has no room for {error.filename or 'what the job needs'}: {error.strerror}"
-            return JobEnding(LeaseEnd.FAILED, "DISK_FULL", message)
+        return _failed(work, error.reason, error.message)
+    except WorkerAtFaultError as error:
+        return _given_back(error)
+    except OSError as error:
         log.exception("a fault of the worker's")
-        return JobEnding(LeaseEnd.FAILED, "WORKER_FAULT", f"{type(error).__name__}: {error}")
+        return _given_back(fault_of(error))
+    except Exception as error:
+        log.exception("a fault of the worker's")
+        fault = fault_of(error)
+        return _failed(work, fault.reason, fault.message) if around.faults.blames(work.job_id) else _given_back(fault)
 
 
-def _clean_up(directory: JobDirectory, end: LeaseEnd) -> None:
+def _given_back(fault: WorkerAtFaultError) -> JobEnding:
+    return JobEnding(LeaseEnd.QUEUED, fault.reason, fault.message)
+
+
+def _failed(work: Work, reason: str, message: str) -> JobEnding:
+    """Return a failure, which says where the adapter is if it was only its publication that failed."""
+    return JobEnding(LeaseEnd.FAILED, reason, f"{message}; {kept}" if (kept := work.kept_adapter()) else message)
+
+
+def _clean_up(work: Work, end: LeaseEnd) -> None:
+    directory = work.directory
+    if directory is None or end is LeaseEnd.QUEUED:
+        return
     try:
         if end in (LeaseEnd.SUCCEEDED, LeaseEnd.REJECTED):
             directory.remove()
-        elif end is not LeaseEnd.QUEUED and directory.keep_checkpoints():
-            log.info("%s: its checkpoints stay in %s", directory.path.name, directory.path)
+        elif work.kept_adapter():
+            directory.keep(CHECKPOINTS, ADAPTER, RESULT)
+            log.warning("%s: its adapter, which was not published, stays in %s", work.job_id, directory.adapter)
+        elif directory.keep(CHECKPOINTS):
+            log.info("%s: its checkpoints stay in %s", work.job_id, directory.path)
     except OSError as error:
-        log.warning("%s: its directory could not be cleaned up: %s", directory.path.name, error)
+        log.warning("%s: its directory could not be cleaned up: %s", work.job_id, error)

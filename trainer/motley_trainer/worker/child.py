@@ -216,6 +216,16 @@ def resident_bytes(pid: int) -> int:
     return pages * resource.getpagesize()
 
 
+def num_oom_kills() -> int | None:
+    """Return how many processes the kernel has killed for want of memory since it started; None if it does not say."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
+
+
 def _stream(stream: asyncio.StreamReader | None) -> asyncio.StreamReader:
     if stream is None:
         raise RuntimeError("the child's output is a pipe")

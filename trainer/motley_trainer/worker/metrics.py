@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from motley_trainer.errors import SettingsError
+from motley_trainer.worker.faults import FAULTS
 from motley_trainer.worker.settings import METHODS
 
 STATES = ("succeeded", "rejected", "failed", "cancelled", "queued", "lost")
@@ -33,6 +34,12 @@ class WorkerMetrics:
             for state in STATES:
                 self._jobs.labels(method, state)
         self._restarts = Counter("motley_worker_restarts", "Jobs started again", registry=self.registry)
+        self._faults = Counter(
+            "motley_worker_faults", "Jobs given back for a fault", ["reason"], registry=self.registry
+        )
+        for reason in FAULTS:
+            self._faults.labels(reason)
+        self._held_back = gauge("fault_pause_seconds", "Pause after the last fault")
         self._progress = {
             "step": gauge("step", "Step of the job"),
             "loss": gauge("loss", "Loss of that step"),
@@ -57,6 +64,15 @@ class WorkerMetrics:
     def restarted(self) -> None:
         """Count a job whose process died and was started again."""
         self._restarts.inc()
+
+    def faulted(self, reason: str, pause_seconds: float) -> None:
+        """Count a fault of the worker's, and show how long it holds back for it."""
+        self._faults.labels(reason).inc()
+        self._held_back.set(pause_seconds)
+
+    def recovered(self) -> None:
+        """Show that nothing is at fault any more."""
+        self._held_back.set(0)
 
     def ended(self, method: str, state: str) -> None:
         """Count a lease that ended, and show no job."""

@@ -23,7 +23,8 @@ class Timings:
     to the next; `flush` the longest that an event waits to be reported, `heartbeat` the longest from report to report,
     a third of the lease where that is shorter; the pauses are those after a call that met no server; `grace` is what a
     child has to end in; `watch` lies between two looks at its memory; `goodbye` is for a last report when the worker
-    shall end; `keep` is how long the directory of a job stays that nobody has touched.
+    shall end; `keep` is how long the directory of a job stays that nobody has touched; `first_fault` and `last_fault`
+    are the shortest and the longest pause in which no job is asked for after a fault of the worker's.
     """
 
     poll_seconds: float = 30.0
@@ -36,6 +37,8 @@ class Timings:
     watch_seconds: float = 0.5
     goodbye_seconds: float = 5.0
     keep_seconds: float = 7 * 24 * 3600.0
+    first_fault_seconds: float = 2.0
+    last_fault_seconds: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 from motley_client.endpoint import Endpoint
 from motley_client.errors import FailedPreconditionError, MotleyClientError, NotFoundError, UnavailableError
-from motley_client.types_worker import Lease, WorkerTerms
+from motley_client.types_worker import JobEnding, Lease, LeaseEnd, WorkerTerms
 from motley_client.worker_calls import LeaseClient, WorkerClient
 
-from motley_trainer.worker.attempt import Surroundings, attempt
+from motley_trainer.worker.attempt import LOST, Surroundings, attempt
+from motley_trainer.worker.faults import Faults
 from motley_trainer.worker.metrics import WorkerMetrics
-from motley_trainer.worker.reports import is_passing
+from motley_trainer.worker.reports import LeaseGoneError, Reporter, is_passing
 from motley_trainer.worker.settings import METHODS, WorkerSettings
 from motley_trainer.worker.stopping import Stop
 from motley_trainer.worker.workplace import Workplace
@@ -45,8 +46,11 @@ class Worker:
         self._stop = stop
         self._workplace = workplace
         self._metrics = metrics
-        self._around = Surroundings(settings, workplace, self._lease_client, metrics, stop)
+        timings = settings.timings
+        self._faults = Faults(timings.first_fault_seconds, timings.last_fault_seconds)
+        self._around = Surroundings(settings, workplace, self._lease_client, metrics, stop, self._faults)
         self._is_away = False
+        self._num_other_terms = 0
 
     async def run(self) -> None:
         """Work until the stop, or after one job if that was asked for."""
@@ -60,17 +64,59 @@ class Worker:
                     terms = await self._until_stopped(self._register(client))
                     continue
                 lease, terms = await self._until_stopped(self._next_lease(client, terms)) or (None, None)
-                if lease is not None and terms is not None:
-                    await self._do(lease, terms)
-                    if self._settings.takes_one:
-                        return
+                if lease is None or terms is None:
+                    continue
+                if lease.terms_digest != terms.terms_digest:
+                    await self._give_back(lease, terms)
+                    terms = None
+                    continue
+                self._num_other_terms = 0
+                fault = await self._do(lease, terms)
+                if self._settings.takes_one:
+                    return
+                if fault:
+                    await self._hold_back(fault)
         log.info("stopped")
 
-    async def _do(self, lease: Lease, terms: WorkerTerms) -> None:
+    async def _do(self, lease: Lease, terms: WorkerTerms) -> str:
+        """Do a job as far as it gets, and return the reason if the worker was at fault."""
         job = lease.job
         log.info("%s: leased, %s into %s", job.id, job.method, job.adapter_name)
-        state = await attempt(lease, terms, self._around)
-        self._metrics.ended(job.method, state)
+        outcome = await attempt(lease, terms, self._around)
+        self._metrics.ended(job.method, outcome.state)
+        if not outcome.fault and outcome.state not in (LOST, LeaseEnd.QUEUED.value):
+            self._faults.over(job.id)
+            self._metrics.recovered()
+        return outcome.fault
+
+    async def _hold_back(self, fault: str) -> None:
+        """Ask for no job for a while, the longer the more faults there were in a row: the next may fare no better."""
+        pause = self._faults.next_pause()
+        self._metrics.faulted(fault, pause)
+        log.error("this worker is at fault (%s), and asks for no job in the next %g s", fault, pause)
+        await self._until_stopped(asyncio.sleep(pause))
+
+    async def _give_back(self, lease: Lease, terms: WorkerTerms) -> None:
+        """Give a job back under terms that are not those of the registration, to register anew.
+
+        Semantics: a server that restarted holds its base otherwise perhaps, and nothing must be trained or measured as
+        it was held before. Where registering anew does not help, there is a pause.
+        """
+        job, settings = lease.job, self._settings
+        log.warning("%s: given back: the server's terms are not those at registration any more", job.id)
+        ending = JobEnding(LeaseEnd.QUEUED, message="the server's terms have changed, and the worker registers anew")
+        async with self._lease_client(lease.token) as client:
+            reporter = Reporter(job.id, client, terms.lease_seconds, settings.timings, self._stop)
+            try:
+                await reporter.finish(ending)
+            except LeaseGoneError as error:
+                log.warning("%s: lost: %s", job.id, error)
+        self._metrics.ended(job.method, ending.end.value)
+        self._num_other_terms += 1
+        if self._num_other_terms > 1:
+            timings = settings.timings
+            pause = min(timings.idle_seconds * self._num_other_terms, timings.last_fault_seconds)
+            await self._until_stopped(asyncio.sleep(pause))
 
     async def _register(self, client: WorkerClient) -> WorkerTerms | None:
         """Register; None if no server answered, after a pause."""

@@ -10,9 +10,11 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from motley_client.convert_worker import told_event
@@ -21,7 +23,8 @@ from motley_client.types_adapters import AdapterVersion
 from motley_client.types_worker import JobEnding, Lease, LeaseEnd, WorkerTerms
 from motley_client.worker_calls import LeaseClient
 
-from motley_trainer.worker.child import EXIT_DONE, EXIT_FAILED, ChildEnd, ChildOrder, run_child
+from motley_trainer.worker.child import EXIT_DONE, EXIT_FAILED, ChildEnd, ChildOrder, num_oom_kills, run_child
+from motley_trainer.worker.faults import OF_ITS_PLACE, STALE_DATA, WorkerAtFaultError
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.reports import Reporter, is_passing
 from motley_trainer.worker.settings import MAX_RESTARTS, WorkerSettings
@@ -29,6 +32,7 @@ from motley_trainer.worker.stopping import Stop
 from motley_trainer.worker.workplace import JobDirectory, JobResult, Workplace
 
 SERVED_DTYPES = ("float32", "bfloat16")  # that a job may compute in
+MAX_OUT_OF_MEMORY = 2  # times that the kernel kills a job's process for it: there will be no more room later
 BEGUN_OTHERWISE, PUBLISHED_BEFORE = "UPLOAD_EXISTS", "REQUEST_ID_REUSED"  # reasons by which an upload is refused
 
 _Result = TypeVar("_Result")
@@ -67,17 +71,21 @@ class Work:
         self._metrics = metrics
         self._stop = stop
         self._has_told_evaluation = False
+        self._most_bytes = 0
         self.is_publishing = False
         self.directory: JobDirectory | None = None
 
     async def do(self, workplace: Workplace) -> JobEnding:
         """Do what of the job is not done yet, and return how it ended: SUCCEEDED once it is published, or REJECTED.
 
-        Raises: JobFailedError; MotleyClientError for what the server refuses; OSError; ValueError for names that must
-        not become paths.
+        Raises: JobFailedError; WorkerAtFaultError; MotleyClientError for what the server refuses; OSError.
         """
-        directory = self.directory = await asyncio.to_thread(workplace.job, self._job.id)
-        await self._prepare(directory)
+        try:
+            directory = self.directory = await asyncio.to_thread(workplace.job, self._job.id)
+            datasets = {digest: directory.dataset(digest) for digest in self._job.datasets}
+        except ValueError as error:  # a name that must not become a path
+            raise JobFailedError(str(error), reason="BAD_SPEC") from error
+        await self._prepare(directory, datasets)
         result = await asyncio.to_thread(directory.read_result) or await self._train(directory)
         if result.evaluation and not self._has_told_evaluation:  # by this lease: who had it before may not have
             self._tell({"evaluation": dict(result.evaluation)})
@@ -85,6 +93,22 @@ class Work:
             message = result.message or f"the gate was not passed: {_figures(result.evaluation)}"
             return JobEnding(LeaseEnd.REJECTED, result.reason or "GATE_NOT_PASSED", message)
         return await self._publish(directory)
+
+    @property
+    def job_id(self) -> str:
+        """Return whose work it is."""
+        return self._job.id
+
+    def kept_adapter(self) -> str:
+        """Return in words where the adapter of a job is that was to be published; empty if there is none."""
+        if not self.is_publishing or self.directory is None or not self.directory.adapter.is_dir():
+            return ""
+        days = self._settings.timings.keep_seconds / (24 * 3600)
+        return (
+            f"it was trained and has passed its gate: for {days:g} days its adapter stays with worker "
+            f"{self._settings.name}, in jobs/{self._job.id}/adapter of its work directory, from where "
+            f"`motley adapters push` can publish it"
+        )
 
     # What a job's process is told and tells: see `Listener`.
 
@@ -109,14 +133,14 @@ class Work:
 
     def weighed(self, num_bytes: int) -> None:
         """Show the memory that the job's process takes."""
+        self._most_bytes = max(self._most_bytes, num_bytes)
         self._metrics.weighed(num_bytes)
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         self._reporter.add(told_event(event))
 
-    async def _prepare(self, directory: JobDirectory) -> None:
+    async def _prepare(self, directory: JobDirectory, datasets: Mapping[str, Path]) -> None:
         job, others = self._job, enumerate(self._job.disjoint_from)
-        datasets = {digest: directory.dataset(digest) for digest in job.datasets}
         missing = [digest for digest, path in datasets.items() if not path.exists()]
         # One that is there stays, though its name may mean another version now: the job began with it.
         adapters = [(index, name) for index, name in others if not directory.other_adapter(index).exists()]
@@ -149,7 +173,7 @@ class Work:
     async def _train(self, directory: JobDirectory) -> JobResult:
         """Run the job's process until it has a result, again where it died.
 
-        Raises: JobFailedError.
+        Raises: JobFailedError; WorkerAtFaultError.
         """
         order = ChildOrder(
             name=self._job.id,
@@ -158,13 +182,18 @@ class Work:
             nice=self._settings.nice,
             memory_limit_bytes=self._settings.memory_limit_bytes,
         )
-        num_restarts = 0
+        num_restarts = num_out_of_memory = 0
         while True:
+            oom_kills = num_oom_kills()
             end = await run_child(order, self, self._settings.timings, self._stop.hurried)
             result = await asyncio.to_thread(directory.read_result) if end.code == EXIT_DONE else None
             if result is not None:
                 return result
-            self._raise_if_final(end)
+            await self._raise_if_final(end, directory)
+            num_out_of_memory += _was_out_of_memory(end, oom_kills)
+            if num_out_of_memory == MAX_OUT_OF_MEMORY:
+                message = f"the kernel killed its process twice for want of memory; it took {self._most_bytes} bytes"
+                raise JobFailedError(message, reason="OUT_OF_MEMORY")
             died = f"its process died ({end.cause})"
             if num_restarts == MAX_RESTARTS:
                 message = f"{died} again after {MAX_RESTARTS} restarts"
@@ -176,8 +205,11 @@ class Work:
             self._metrics.restarted()
             self._tell({"stage": f"{died}, started again from its last checkpoint"})
 
-    def _raise_if_final(self, end: ChildEnd) -> None:
-        """Raise JobFailedError for an end that another attempt would come to as well."""
+    async def _raise_if_final(self, end: ChildEnd, directory: JobDirectory) -> None:
+        """Raise for an end that another attempt would come to as well.
+
+        Raises: JobFailedError; WorkerAtFaultError, if it would not at another worker.
+        """
         if end.over_bytes is not None:
             limit = self._settings.memory_limit_bytes
             message = f"its process took {end.over_bytes} bytes, and the worker gives it {limit}"
@@ -186,7 +218,12 @@ class Work:
             message, field = str(end.failure.get("message") or "no word about it"), end.failure.get("field")
             if field:
                 message += f" (field {field})"
-            raise JobFailedError(message, reason=str(end.failure.get("reason") or "JOB_DIED"))
+            reason = str(end.failure.get("reason") or "JOB_DIED")
+            if reason in STALE_DATA:
+                await asyncio.to_thread(directory.forget_data)
+            if reason in OF_ITS_PLACE:
+                raise WorkerAtFaultError(message, reason=reason)
+            raise JobFailedError(message, reason=reason)
 
     async def _publish(self, directory: JobDirectory) -> JobEnding:
         self.is_publishing = True
@@ -244,6 +281,13 @@ def child_environ(environ: Mapping[str, str], threads: int | None) -> dict[str, 
     kept = {name: value for name, value in environ.items() if not name.startswith("MOTLEY_")}
     kept |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return kept if threads is None else kept | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _was_out_of_memory(end: ChildEnd, oom_kills_before: int | None) -> bool:
+    """Tell whether a process that nobody here killed was killed while the kernel was out of memory."""
+    now = num_oom_kills()
+    is_killed = end.code == -signal.SIGKILL and end.over_bytes is None
+    return is_killed and now is not None and oom_kills_before is not None and now > oom_kills_before
 
 
 def _figures(evaluation: Mapping[str, Any]) -> str:

@@ -24,6 +24,10 @@ from motley_trainer.errors import SettingsError
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
+CHECKPOINTS, ADAPTER, RESULT = "checkpoints", "adapter", "result.json"
+TERMS = ("base", "dtype", "served_quantization", "device")  # what a gate's measurement holds for
+MEASURED = (RESULT, "evaluation.json", "before.json")
+
 log = logging.getLogger(__name__)
 
 
@@ -104,7 +108,7 @@ class JobDirectory:
     @property
     def adapter(self) -> Path:
         """Return where the trained adapter is, once it is whole."""
-        return self.path / "adapter"
+        return self.path / ADAPTER
 
     def dataset(self, digest: str) -> Path:
         """Return where a dataset lies.
@@ -121,7 +125,11 @@ class JobDirectory:
         return self.path / "adapters" / str(index)
 
     def write_order(self, order: Mapping[str, Any]) -> None:
-        """Write what the job is told."""
+        """Write what the job is told; what was measured under other terms is forgotten, to be measured anew."""
+        if self._terms() not in (None, _terms_of(order)):
+            log.warning("%s: the terms have changed, so what was measured is measured again", self.path.name)
+            for name in MEASURED:
+                (self.path / name).unlink(missing_ok=True)
         aside = self.path / ".job.json.new"
         with aside.open("w", encoding="utf-8") as file:
             json.dump(order, file, indent=2)
@@ -129,10 +137,23 @@ class JobDirectory:
             os.fsync(file.fileno())
         os.replace(aside, self.path / "job.json")
 
+    def _terms(self) -> Mapping[str, Any] | None:
+        """Return the terms of the order that is there, none of them if it cannot be read; None if there is no order."""
+        try:
+            return _terms_of(json.loads((self.path / "job.json").read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError):
+            return {}
+
+    def forget_data(self) -> None:
+        """Remove the datasets, so that they are fetched again."""
+        shutil.rmtree(self.path / "data", ignore_errors=True)
+
     def read_result(self) -> JobResult | None:
         """Return what the job came to, None if it has not ended, or left something else there."""
         try:
-            content = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+            content = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
             return JobResult(
                 digest=str(content.get("digest", "")),
                 evaluation=dict(content.get("evaluation") or {}),
@@ -146,19 +167,30 @@ class JobDirectory:
             log.error("%s: its result cannot be read: %s", self.path.name, error)
             return None
 
-    def keep_checkpoints(self) -> bool:
-        """Remove everything but the checkpoints, and tell whether there are any; without any, nothing is left."""
-        checkpoints = self.path / "checkpoints"
-        if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
+    def keep(self, *names: str) -> bool:
+        """Remove everything but what has these names, and tell whether anything is left; if not, all is gone.
+
+        Semantics: checkpoints count where there is one at least.
+        """
+        kept = {self.path / name for name in names}
+        if not any((self.path / CHECKPOINTS).glob("step-*")):
+            kept.discard(self.path / CHECKPOINTS)
+        for path in self.path.iterdir():
+            if path in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if not any(self.path.iterdir()):
             self.remove()
             return False
-        for path in self.path.iterdir():
-            if path.is_dir() and path != checkpoints:
-                shutil.rmtree(path)
-            elif path != checkpoints:
-                path.unlink()
         return True
 
     def remove(self) -> None:
         """Remove everything."""
         shutil.rmtree(self.path)
+
+
+def _terms_of(order: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: order.get(name) for name in TERMS}
