@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 
 from rich.console import Console
 from rich.markup import escape
@@ -56,11 +55,13 @@ class Watched:
     @property
     def step_seconds(self) -> float | None:
         """Return how long the steps took, None if they were not done."""
-        stages = [(event.time, event.event.text) for event in self.events if isinstance(event.event, Stage)]
-        for (began, stage), (ended, _) in pairwise(stages):
-            if stage == STAGE_OF_STEPS:
-                return _since(began, ended)
-        return None
+        began = ended = None
+        for told in self.events:
+            if isinstance(told.event, Stage) and told.event.text == STAGE_OF_STEPS:
+                began = told.time
+            elif isinstance(told.event, TrainingProgress) and told.event.step == told.event.num_steps:
+                ended = told.time
+        return None if began is None or ended is None else _since(began, ended)
 
 
 async def submit(client: AsyncClient) -> TrainingJob:
