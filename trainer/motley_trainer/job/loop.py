@@ -61,6 +61,8 @@ def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | No
             checkpoints.save(resumed)
             reporter.flush()
             reporter.tell("checkpoint_step", told.step)
+            for name, body in training.attached.report().items():
+                reporter.tell(name, body)
         if is_stopping:
             raise JobCancelledError
     assert resumed is not None  # there is one step at least

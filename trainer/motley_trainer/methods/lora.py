@@ -89,6 +89,10 @@ class AttachedLora:
     def extra_loss(self) -> None:
         """Add nothing to the loss."""
 
+    def report(self) -> Mapping[str, object]:
+        """Tell nothing."""
+        return {}
+
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
         """Write the directory that PEFT loads, with a manifest beside, and return the adapter's digest."""
         pairs = {path: LoraPair(lora.lora_a, lora.lora_b, lora.scaling) for path, lora in self._adapted.items()}

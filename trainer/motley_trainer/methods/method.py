@@ -51,6 +51,9 @@ class Attached(Protocol):
     def extra_loss(self) -> Tensor | None:
         """Return what is added to the loss of the forward pass just made, if anything."""
 
+    def report(self) -> Mapping[str, object]:
+        """Return what a checkpoint tells beside its step, since the last one: bodies of events, by the events' names."""
+
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
         """Write the adapter's directory, with `provenance` and `facts` in its manifest, and return its digest."""
 

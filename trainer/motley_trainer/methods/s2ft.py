@@ -114,6 +114,10 @@ class AttachedChannels:
         """Return nothing: the task's loss is all."""
         return None
 
+    def report(self) -> Mapping[str, object]:
+        """Tell nothing."""
+        return {}
+
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
         """Write an S2FT directory, and return its digest."""
         blocks = {
