@@ -1,18 +1,19 @@
 """One job, from its folder: `python -m motley_trainer.job DIRECTORY`, or `run` in this process.
 
-Owns the order of the stages. Each leaves in the folder what the next needs, so a job that is started again goes on
-where it was. It reads the base and that folder, writes that folder, and knows no network. Runs on the calling thread.
+Owns the order of the stages: measuring the base, making the copy that is trained on where a method has one, training,
+measuring the result on the base, writing. Each leaves in the folder what the next needs, so a job that is started again
+goes on where it was. It reads the base and that folder, writes that folder, and knows no network. Runs on the calling
+thread.
 """
 
 from __future__ import annotations
 
-import gc
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from motley_bases.describe import context_length
 from motley_bases.loader import PlainBase, load_tokenizer, read_parsed_config
 from motley_bases.pruned import register_pruned
@@ -20,16 +21,19 @@ from motley_bases.pruned import register_pruned
 from motley_trainer.data.batches import Batch
 from motley_trainer.data.training_data import TrainingData, batches_of, read_data
 from motley_trainer.device import parse_device
-from motley_trainer.job.base import load_job_base
+from motley_trainer.job.base import HeldBase
 from motley_trainer.job.captured import buffers_of, restore
 from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
 from motley_trainer.job.evaluation import Evaluation, Measured, check_gate, judge, measure
 from motley_trainer.job.files import JobFiles, JobRequest, Result
 from motley_trainer.job.loop import Training, train
+from motley_trainer.job.loram_copy import LoramCopy
 from motley_trainer.job.reporting import Emit, Reporter
 from motley_trainer.job.schedule import warmup_steps
 from motley_trainer.methods import method_of
+from motley_trainer.methods.loram_copy import PrunedCopy
 from motley_trainer.methods.method import Attached, Context
+from motley_trainer.spec.settings import LoramSettings
 
 
 def run(directory: Path, emit: Emit, should_stop: Callable[[], bool] = lambda: False) -> Result:
@@ -62,23 +66,29 @@ class _Job:
         self._spec = request.spec
         self._reporter = reporter
         self._device = parse_device(request.device)
-        self._base: PlainBase | None = None
+        self._held = HeldBase(
+            name=request.base_name,
+            dtype=request.dtype,
+            device=self._device,
+            on_load=lambda: reporter.stage("loading base"),
+        )
 
     def make(self) -> tuple[Evaluation, str]:
         """Train the adapter, measure it and write it; return its evaluation and its digest."""
-        data = self._read_data()
+        data, copies = self._read_data()
         before = self._measure_before(data)
-        attached, trained = self._train(data)
-        if self._request.trained_quantization != self._request.served_quantization:
+        copy = self._make_copy(copies, data)
+        attached, trained = self._train(data, copy)
+        if self._trained_on(copy) != self._served:
             del attached  # and with it the base that it was trained on
-            attached = self._carry_over(data, trained)
+            attached = self._carry_over(data, copy, trained)
         evaluation = self._measure_after(data, before)
         self._reporter.stage("writing")
         provenance = self._provenance(trained, evaluation)
         digest = self._files.write_adapter(lambda aside: attached.write(aside, provenance))
         return evaluation, digest
 
-    def _read_data(self) -> TrainingData:
+    def _read_data(self) -> tuple[TrainingData, LoramCopy | None]:
         """Read the data, and refuse what can be refused before a weight is read."""
         self._reporter.stage("reading data")
         register_pruned()
@@ -88,62 +98,67 @@ class _Job:
         )
         check_gate(self._spec.gate, data.held_out)
         warmup_steps(self._spec.optimizer, data.num_steps(self._spec))
+        copies = None
+        if isinstance(self._spec.settings, LoramSettings):
+            copies = LoramCopy(self._files, self._request, self._spec.settings, self._reporter, self._device)
+            copies.check(data)
         self._reporter.tell("data", data.report.to_json())
-        return data
+        return data, copies
 
-    def _hold(self, quantization: str) -> PlainBase:
-        """Return the base in a quantization, as it is stored if nothing was attached to it."""
-        if self._base is None or self._base.spec.quantization != quantization:
-            self._base = None
-            gc.collect()
-            torch.cuda.empty_cache()  # nothing where there is no GPU
-            self._reporter.stage("loading base")
-            request = self._request
-            self._base = load_job_base(
-                request.base,
-                name=request.base_name,
-                dtype=request.dtype,
-                device=self._device,
-                quantization=quantization,
-            )
-        return self._base
+    def _make_copy(self, copies: LoramCopy | None, data: TrainingData) -> PrunedCopy | None:
+        """Make what is trained on in the place of the base, where the method has such a thing."""
+        if copies is None or not copies.is_needed:
+            return None
+        self._held.let_go()  # what makes a copy loads what it needs
+        return copies.make(data)
+
+    @property
+    def _served(self) -> tuple[Path, str]:
+        """Return what is measured: the base, as a server holds it."""
+        return self._request.base, self._request.served_quantization
+
+    def _trained_on(self, copy: PrunedCopy | None) -> tuple[Path, str]:
+        """Return what is trained on: the base or its copy, as it is held in training."""
+        return self._request.base if copy is None else copy.directory, self._request.trained_quantization
 
     def _measure_before(self, data: TrainingData) -> Measured:
         request = self._request
         binding = {"spec": self._spec.digest, "base": str(request.base), "quantization": request.served_quantization}
         before = self._files.before(binding)
         if before is None:
-            base = self._hold(request.served_quantization)
+            base = self._held.hold(*self._served)
             self._reporter.stage("measuring before")
             before = self._measure(base, data)
             self._files.write_before(before, binding)
         return before
 
-    def _train(self, data: TrainingData) -> tuple[Attached, Checkpoint]:
-        base = self._hold(self._request.trained_quantization)
+    def _train(self, data: TrainingData, copy: PrunedCopy | None) -> tuple[Attached, Checkpoint]:
+        base = self._held.hold(*self._trained_on(copy))
         checkpoints = Checkpoints(self._files.checkpoints, self._binding(base))
         resumed = checkpoints.latest()
         self._reporter.stage("training")
-        attached = self._attach(base, data, resumed)
+        attached = self._attach(base, data, copy, resumed)
         return attached, train(Training(base.model, attached, self._spec, data), checkpoints, resumed, self._reporter)
 
-    def _attach(self, base: PlainBase, data: TrainingData, resumed: Checkpoint | None) -> Attached:
+    def _attach(
+        self, base: PlainBase, data: TrainingData, copy: PrunedCopy | None, resumed: Checkpoint | None
+    ) -> Attached:
         def calibration(count: int) -> list[Batch]:
             samples = data.at(0, min(count, len(data.training)))
             return [batch.to(self._device) for batch in batches_of(samples, self._spec.micro_batch_size)]
 
-        context = Context(base.spec, self._spec.seed, calibration, self._files.adapters())
+        context = Context(base.spec, self._spec.seed, calibration, self._files.adapters(), copy)
         buffers = None if resumed is None else buffers_of(resumed)
         return method_of(self._spec).attach(base.model, context, buffers)
 
-    def _carry_over(self, data: TrainingData, trained: Checkpoint) -> Attached:
-        """Attach what was trained to the base as it is served, which was held otherwise in training."""
-        attached = self._attach(self._hold(self._request.served_quantization), data, trained)
+    def _carry_over(self, data: TrainingData, copy: PrunedCopy | None, trained: Checkpoint) -> Attached:
+        """Attach what was trained to the base as it is served, which was another or held otherwise in training."""
+        attached = self._attach(self._held.hold(*self._served), data, copy, trained)
         restore(attached, trained.tensors)
         return attached
 
     def _measure_after(self, data: TrainingData, before: Measured) -> Evaluation:
-        base = self._hold(self._request.served_quantization)
+        base = self._held.hold(*self._served)
         self._reporter.stage("measuring after")
         after = self._measure(base, data)
         evaluation = Evaluation(len(data.held_out), before.loss, after.loss, before.exact_match, after.exact_match)
@@ -178,7 +193,7 @@ class _Job:
         return {
             "job": self._request.job_id,
             "method": spec.method.value,
-            "settings": asdict(spec.settings),
+            "settings": json.loads(json.dumps(asdict(spec.settings), default=str)),  # a ratio as it is written
             "spec": spec.digest,
             "datasets": list(spec.datasets),
             "steps": trained.step,

@@ -17,5 +17,11 @@ def method_of(spec: TrainingSpec) -> Method:
             from motley_trainer.methods.s2ft import S2ft
 
             return S2ft(spec.settings)
-        case GoatSettings() | LoramSettings():
-            raise NotImplementedError
+        case GoatSettings():
+            from motley_trainer.methods.goat import Goat
+
+            return Goat(spec.settings)
+        case LoramSettings():
+            from motley_trainer.methods.loram import Loram
+
+            return Loram(spec.settings)

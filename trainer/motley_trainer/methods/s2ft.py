@@ -19,6 +19,7 @@ from motley_bases.spec import BaseSpec
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from motley_trainer.data.batches import Batch
 from motley_trainer.errors import SettingsError
 from motley_trainer.methods.channel_linear import ChannelLinear
 from motley_trainer.methods.method import Context
@@ -110,7 +111,7 @@ class AttachedChannels:
         """Return the channels."""
         return {f"{path}{CHANNELS}": linear.channels for path, linear in self._linears.items()}
 
-    def extra_loss(self) -> Tensor | None:
+    def extra_loss(self, batch: Batch) -> Tensor | None:
         """Return nothing: the task's loss is all."""
         return None
 

@@ -105,6 +105,8 @@ class Work:
         self._reporter.add(event)
         if event.kind == "progress":
             self._metrics.progressed(line["progress"])
+        elif event.kind == "routing":
+            self._metrics.routed(line["routing"])
         self._has_told_evaluation |= event.kind == "evaluation"
 
     def weighed(self, num_bytes: int) -> None:
@@ -115,7 +117,7 @@ class Work:
         self._reporter.add(told_event(event))
 
     async def _prepare(self, directory: JobDirectory) -> None:
-        job, others = self._job, enumerate(self._job.disjoint_from)
+        job, others = self._job, enumerate(self._job.reads)
         datasets = {digest: directory.dataset(digest) for digest in job.datasets}
         missing = [digest for digest, path in datasets.items() if not path.exists()]
         # One that is there stays, though its name may mean another version now: the job began with it.
