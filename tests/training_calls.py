@@ -105,7 +105,7 @@ async def cancel(shell: Shell, id: str, request_id: str = "", **options: Any) ->
 
 async def register(shell: Shell, name: str = "worker-1", **options: Any) -> pb.RegisterWorkerResponse:
     """Say that a worker does everything."""
-    methods = [pb.TRAINING_METHOD_LORA, pb.TRAINING_METHOD_S2FT]
+    methods = pb.TrainingMethod.values()[1:]
     request = pb.RegisterWorkerRequest(name=name, methods=methods, base_fingerprint=FINGERPRINT, device="cpu")
     return await shell.workers.RegisterWorker(request, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -47,6 +48,12 @@ def progress(step: int, loss: float = 1.25) -> training_pb2.JobEvent:
     )
 
 
+def routing(modules: Mapping[str, Sequence[float]]) -> training_pb2.JobEvent:
+    """Say where tokens went."""
+    told = {path: training_pb2.ExpertShares(shares=shares) for path, shares in modules.items()}
+    return training_pb2.JobEvent(routing=training_pb2.RoutingReport(modules=told))
+
+
 def whole_life() -> list[training_pb2.JobEvent]:
     """Return an event of every kind, in the order of a job that succeeds."""
     version = adapter_pb2.AdapterVersion(name="legal", version=3, digest=DIGEST, kind=adapter_pb2.ADAPTER_KIND_LORA)
@@ -61,6 +68,7 @@ def whole_life() -> list[training_pb2.JobEvent]:
         ),
         progress(10),
         training_pb2.JobEvent(checkpoint_step=10),
+        routing({"a": (0.7, 0.1, 0.1, 0.1), "b": (0.25, 0.45, 0.2, 0.1)}),
         training_pb2.JobEvent(
             evaluation=training_pb2.Evaluation(
                 num_samples=10, loss_before=2.0, loss_after=0.5, exact_match_before=0.0, exact_match_after=0.9

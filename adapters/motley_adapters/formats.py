@@ -23,15 +23,24 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 RESIDUAL_FILE = "goat_residual.safetensors"
 MANIFEST_FILE = "motley_manifest.json"
+CUT_FILE = "prune_manifest.json"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 MAX_JSON_BYTES = 1 << 20
 MAX_TENSOR_FILE_BYTES = 4 << 30
+MAX_CUT_BYTES = 64 << 20
 
 FileReader = Callable[[Path, str, int], bytearray | mmap.mmap]
 """How a file's bytes are had, given its directory, its name and their bound: `read_file` or `map_file`."""
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not make us wait for a writer
+
+
+def max_bytes_of(name: str) -> int:
+    """Return how many bytes a file of an adapter may have, by its name."""
+    if name == CUT_FILE:
+        return MAX_CUT_BYTES
+    return MAX_JSON_BYTES if name.endswith(".json") else MAX_TENSOR_FILE_BYTES
 
 
 def has_file(directory: Path, name: str) -> bool:

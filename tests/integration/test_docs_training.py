@@ -125,7 +125,7 @@ def test_the_page_runs_as_it_stands_and_the_next_request_is_served_by_the_result
     assert seen.asked == ["onward"]
     assert any("motto.jsonl" in line for line in seen.looked)
     assert any(line.startswith(job["id"]) and "40/40" in line for line in seen.looked)
-    assert any("lora s2ft" in line and "free" in line for line in seen.looked)
+    assert any("goat lora loram s2ft" in line and "free" in line for line in seen.looked)
     assert seen.scripted[-1] == "JobState.SUCCEEDED"
     assert seen.jobs["motto@2"]["progress"]["num_steps"] == 20
 

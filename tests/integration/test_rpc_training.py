@@ -330,7 +330,7 @@ def test_capabilities_tell_who_is_there_and_what_waits() -> None:
     async def scenario() -> None:
         async with serving() as shell:
             alone = await told(shell)
-            assert list(alone.methods) == [pb.TRAINING_METHOD_LORA, pb.TRAINING_METHOD_S2FT]
+            assert list(alone.methods) == pb.TrainingMethod.values()[1:]
             assert (alone.max_dataset_bytes, alone.max_datasets, len(alone.workers)) == (3 << 20, 1000, 0)
             await at_work(shell)
             await create(shell)

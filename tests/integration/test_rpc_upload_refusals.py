@@ -52,7 +52,7 @@ BAD_UPLOADS: dict[str, tuple[list[Request], grpc.StatusCode, str, str]] = {
         [*whole(FILES, labels={"a": "b\x00"})], Code.INVALID_ARGUMENT, "INVALID_LABEL", "header.labels[a]",
     ),
     "too many files": (
-        [with_files(*[(CONFIG, 1, SHA)] * 5)], Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "header.files",
+        [with_files(*[(CONFIG, 1, SHA)] * 6)], Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "header.files",
     ),
     "no file": ([with_files()], Code.INVALID_ARGUMENT, "EMPTY_UPLOAD", "header.files"),
     "a path for a file": (

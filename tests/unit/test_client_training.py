@@ -111,7 +111,7 @@ def test_a_job_that_ended_shows_all_that_came_of_it(ask: Ask, fake: FakeTraining
 
     found = ask(address, "get_training_job", JOB)
 
-    assert (found.state, found.attempts, found.worker, found.last_sequence) == (JobState.SUCCEEDED, 2, "w1", 9)
+    assert (found.state, found.attempts, found.worker, found.last_sequence) == (JobState.SUCCEEDED, 2, "w1", 10)
     assert (found.start_time, found.end_time) == (second(50), second(60))
     assert found.progress == TrainingProgress(10, 30, 1.25, 2e-4, 0.5, 900.4, 75.5, 412 << 20)
     assert found.data == DataReport(90, 10, 2, 1, 1234)

@@ -6,7 +6,7 @@ import json
 import os
 import pty
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from fake_service import FIRST_SECOND, refusal
 from fake_training_service import BASE_FINGERPRINT, FakeTrainingService, digest_of, serving_training
 from motley.v1 import training_pb2
 from motley_client.cli import app
+from motley_client.cli_train_routing import routing_words
 from motley_client.cli_train_watch import EXIT_BY_STATE
-from motley_client.types_training import JobState
+from motley_client.types_training import JobState, RoutingReport
 from training_words import DIGEST, change, progress, read_terminal, spec_message, told, train, whole_life
 
 JOB = "job-0000000000000001"
@@ -78,6 +79,7 @@ def test_watch_prints_a_line_an_event_where_nobody_looks_on(fake: FakeTrainingSe
         "data: 90 samples, 10 held out, 2 truncated, 1 dropped, 1234 tokens",
         "step 10/30  loss 1.2500  lr 2.00e-04  grad norm 0.5  900 tokens/s  0:01:16 left  412 MiB",
         "checkpoint at step 10",
+        "routing: experts have 10.0% to 70.0% of tokens over 2 modules; even is 25.0%",
         "evaluation: loss 2.0000 before, 0.5000 after; exact match 0.0% before, 90.0% after; 10 samples",
         f"published legal@3 {DIGEST}",
         "something that this version of motley does not know",
@@ -94,7 +96,7 @@ def test_watch_prints_a_json_object_an_event(fake: FakeTrainingService) -> None:
 
     events = [json.loads(line, parse_constant=refuse) for line in told("watch", JOB, "--json").splitlines()]
 
-    assert [one.pop("sequence") for one in events] == list(range(1, 11))
+    assert [one.pop("sequence") for one in events] == list(range(1, 12))
     assert events[0] == {
         "time": "2027-01-15T08:00:02Z", "state_change": {"state": "queued", "reason": "", "message": ""},
     }  # fmt: skip
@@ -109,11 +111,30 @@ def test_watch_prints_a_json_object_an_event(fake: FakeTrainingService) -> None:
     }  # fmt: skip
     assert events[5]["progress"] == numbers | {"step": 10, "loss": 1.25}
     assert events[6]["checkpoint_step"] == 10
-    assert events[7]["evaluation"] == {
+    assert events[7]["routing"] == {
+        "modules": {"a": {"shares": [0.7, 0.1, 0.1, 0.1]}, "b": {"shares": [0.25, 0.45, 0.2, 0.1]}},
+    }  # fmt: skip
+    assert events[8]["evaluation"] == {
         "num_samples": 10, "loss_before": 2.0, "loss_after": 0.5, "exact_match_before": 0.0, "exact_match_after": 0.9,
     }  # fmt: skip
-    assert (events[8]["published"]["name"], events[8]["published"]["kind"]) == ("legal", "lora")
+    assert (events[9]["published"]["name"], events[9]["published"]["kind"]) == ("legal", "lora")
     assert all(len(one) == 2 for one in events)
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        ({}, "no experts"),
+        ({"a": (1.0,)}, "experts have 100.0% to 100.0% of tokens over 1 modules; even is 100.0%"),
+        (
+            {"a": (0.5, 0.5), "b": (0.5, 0.25, 0.25, 0.0)},
+            "experts have 0.0% to 50.0% of tokens over 2 modules; even is 25.0% or 50.0%",
+        ),
+    ],
+    ids=["none", "one", "unlike"],
+)
+def test_where_tokens_went_is_one_line(modules: Mapping[str, tuple[float, ...]], words: str) -> None:
+    assert routing_words(RoutingReport(modules)) == f"routing: {words}"
 
 
 def test_a_terminal_gets_one_live_line_and_keeps_the_last_of_it(
@@ -207,7 +228,7 @@ def test_show_prints_json_with_exactly_these_keys() -> None:
         "method": "TRAINING_METHOD_LORA", "dataset": DIGEST, "lora": {"rank": 4}, "steps": 30,
         "publish": {"adapter_name": "legal"},
     }  # fmt: skip
-    assert (shown["state"], shown["attempts"], shown["last_sequence"]) == ("succeeded", 2, 9)
+    assert (shown["state"], shown["attempts"], shown["last_sequence"]) == ("succeeded", 2, 10)
     assert (shown["start_time"], shown["end_time"]) == ("2027-01-15T08:00:40Z", "2027-01-15T08:00:50Z")
     assert (shown["progress"]["step"], shown["data"]["num_samples"]) == (10, 90)
     assert (shown["evaluation"]["loss_after"], shown["version"]["version"]) == (0.5, 3)

@@ -13,8 +13,15 @@ from motley_client import (
     ChannelOrder,
     ChannelScore,
     Gate,
+    GoatScale,
+    GoatScaleRank,
+    GoatSegments,
+    GoatSettings,
     InvalidArgumentError,
     LearningRateSchedule,
+    LoramAlignment,
+    LoramPruning,
+    LoramSettings,
     LoraSettings,
     OptimizerSettings,
     OverLength,
@@ -47,6 +54,30 @@ S2FT = S2ftSettings(
     disjoint_from=("legal", "poems@2"),
     calibration_samples=7,
 )
+GOAT = GoatSettings(
+    rank=16,
+    experts=4,
+    top_k=1,
+    rho=3.5,
+    segments=GoatSegments.MINOR,
+    scale=GoatScale.THEORETICAL,
+    eta=0.1,
+    rank_for_scale=GoatScaleRank.TOTAL,
+    alpha=2.0,
+    balance_loss=0.0,
+    dropout=0.0,
+    target_modules=("q_proj",),
+)
+LORAM = LoramSettings(
+    lora=LORA,
+    pruning=LoramPruning.SEMI_STRUCTURED,
+    ratio="0.65",
+    layers="4:6",
+    pattern="4:8",
+    same_cut_as="legal@2",
+    calibration_samples=7,
+    alignment=LoramAlignment(DIGEST, steps=9, learning_rate=1e-5, batch_size=2),
+)
 WHOLE = TrainingSpec(
     dataset=DIGEST,
     settings=LORA,
@@ -63,6 +94,8 @@ WHOLE = TrainingSpec(
     gate=Gate("sha256:held", 0.9, 0.0),
 )
 OPEN = TrainingSpec(dataset=DIGEST, settings=S2ftSettings(), publish=PublishSettings("legal"))
+GOAT_OPEN = dataclasses.replace(OPEN, settings=GoatSettings())
+LORAM_OPEN = dataclasses.replace(OPEN, settings=LoramSettings())
 
 
 @pytest.mark.parametrize(
@@ -73,6 +106,11 @@ OPEN = TrainingSpec(dataset=DIGEST, settings=S2ftSettings(), publish=PublishSett
         OPEN,
         dataclasses.replace(WHOLE, settings=S2FT, epochs=None, steps=9),
         dataclasses.replace(OPEN, optimizer=OptimizerSettings(), gate=Gate()),
+        GOAT_OPEN,
+        LORAM_OPEN,
+        dataclasses.replace(WHOLE, settings=GOAT),
+        dataclasses.replace(WHOLE, settings=LORAM),
+        dataclasses.replace(OPEN, settings=LoramSettings(lora=LoraSettings(), alignment=LoramAlignment(""))),
     ],
 )
 def test_a_spec_comes_back_as_it_was_asked_for(asked: TrainingSpec) -> None:
@@ -98,8 +136,23 @@ def test_a_zero_is_said_and_not_left_open() -> None:
 
 
 def test_the_settings_say_the_method() -> None:
-    assert [one.method for one in (SPEC, OPEN)] == [TrainingMethod.LORA, TrainingMethod.S2FT]
-    assert {spec_message(one).method for one in (SPEC, OPEN)} == set(training_pb2.TrainingMethod.values()) - {0}
+    asked = (SPEC, OPEN, GOAT_OPEN, LORAM_OPEN)
+    assert [one.method for one in asked] == list(TrainingMethod)
+    assert {spec_message(one).method for one in asked} == set(training_pb2.TrainingMethod.values()) - {0}
+    for one in asked:
+        assert one.method is not None
+        assert spec_message(one).WhichOneof("method_settings") == one.method.value
+
+
+def test_a_message_inside_of_settings_is_there_if_it_was_given_and_else_not() -> None:
+    assert spec_message(LORAM_OPEN).loram.ListFields() == []
+    given = dataclasses.replace(OPEN, settings=LoramSettings(lora=LoraSettings(), alignment=LoramAlignment(DIGEST)))
+    message = spec_message(given).loram
+    assert (message.HasField("lora"), message.lora.ListFields()) == (True, [])
+    assert message.alignment == training_pb2.LoramAlignment(dataset=DIGEST)
+    whole = spec_message(dataclasses.replace(OPEN, settings=LORAM)).loram
+    assert whole.lora == spec_message(dataclasses.replace(OPEN, settings=LORA)).lora
+    assert (whole.ratio, whole.same_cut_as, whole.alignment.steps) == ("0.65", "legal@2", 9)
 
 
 @pytest.mark.parametrize(
@@ -108,15 +161,22 @@ def test_the_settings_say_the_method() -> None:
         ("s2ft", "score", training_pb2.ChannelScore, ChannelScore),
         ("s2ft", "order", training_pb2.ChannelOrder, ChannelOrder),
         ("s2ft", "budget", training_pb2.ChannelBudget, ChannelBudget),
+        ("goat", "segments", training_pb2.GoatSegments, GoatSegments),
+        ("goat", "scale", training_pb2.GoatScale, GoatScale),
+        ("goat", "rank_for_scale", training_pb2.GoatScaleRank, GoatScaleRank),
+        ("loram", "pruning", training_pb2.LoramPruning, LoramPruning),
         ("optimizer", "schedule", training_pb2.LearningRateSchedule, LearningRateSchedule),
         (None, "over_length", training_pb2.OverLength, OverLength),
     ],
 )
 def test_every_enum_travels(part: str | None, field: str, enum: Any, members: Any) -> None:
     def asked(value: Any) -> TrainingSpec:
-        inner = {"s2ft": "settings", "optimizer": "optimizer", None: ""}[part]
-        kinds: dict[str, Any] = {"settings": S2ftSettings, "optimizer": OptimizerSettings}
-        return dataclasses.replace(OPEN, **({inner: kinds[inner](**{field: value})} if inner else {field: value}))
+        kinds: dict[str, Any] = {"s2ft": S2ftSettings, "goat": GoatSettings, "loram": LoramSettings}
+        if part is None:
+            return dataclasses.replace(OPEN, over_length=value)
+        if part == "optimizer":
+            return dataclasses.replace(OPEN, optimizer=OptimizerSettings(schedule=value))
+        return dataclasses.replace(OPEN, settings=kinds[part](**{field: value}))
 
     sent = {member: spec_message(asked(member)) for member in members}
     numbers = {member: getattr(getattr(message, part) if part else message, field) for member, message in sent.items()}
@@ -156,6 +216,18 @@ def test_a_method_that_the_client_does_not_know_has_no_settings() -> None:
         ({"settings": LoraSettings(rank_pattern={"a": cast(int, "b")})}, "spec.lora.rank_pattern"),
         ({"settings": S2ftSettings(score=cast(ChannelScore, "best"))}, "spec.s2ft.score"),
         ({"settings": S2ftSettings(disjoint_from=("\ud800",))}, "spec.s2ft.disjoint_from"),
+        ({"settings": GoatSettings(experts=2**31)}, "spec.goat.experts"),
+        ({"settings": GoatSettings(segments=cast(Any, "tail"))}, "spec.goat.segments"),
+        ({"settings": GoatSettings(target_modules=cast(Any, "q_proj"))}, "spec.goat.target_modules"),
+        ({"settings": LoramSettings(ratio=cast(Any, 0.5))}, "spec.loram.ratio"),
+        ({"settings": LoramSettings(pruning=cast(Any, "most"))}, "spec.loram.pruning"),
+        ({"settings": LoramSettings(lora=cast(Any, GoatSettings()))}, "spec.loram.lora"),
+        ({"settings": LoramSettings(lora=LoraSettings(rank=2**31))}, "spec.loram.lora.rank"),
+        ({"settings": LoramSettings(alignment=cast(Any, DIGEST))}, "spec.loram.alignment"),
+        (
+            {"settings": LoramSettings(alignment=LoramAlignment(DIGEST, steps=cast(int, 0.5)))},
+            "spec.loram.alignment.steps",
+        ),
         ({"optimizer": OptimizerSettings(learning_rate=cast(float, "x"))}, "spec.optimizer.learning_rate"),
         ({"publish": PublishSettings("a", labels={"a": cast(str, 5)})}, "spec.publish.labels"),
         ({"publish": PublishSettings("a", aliases=cast(Any, "prod"))}, "spec.publish.aliases"),
@@ -182,6 +254,9 @@ def test_what_cannot_be_asked_is_named(change: dict[str, Any], field: str) -> No
         ('{"lora": {}, "seed": 1, "seed": 2}', "spec"),
         ("{}", "spec.method"),
         ('{"method": "TRAINING_METHOD_S2FT", "lora": {}}', "spec.method"),
+        ('{"method": "TRAINING_METHOD_LORA", "loram": {}}', "spec.method"),
+        ('{"goat": {}, "loram": {}}', "spec"),
+        ('{"goat": {"alignment": {}}}', "spec"),
     ],
 )
 def test_json_that_is_no_spec_is_refused(text: str, field: str) -> None:
@@ -195,11 +270,15 @@ def test_types_show_every_field_of_their_messages() -> None:
     pairs = (
         (LoraSettings, training_pb2.LoraSettings),
         (S2ftSettings, training_pb2.S2ftSettings),
+        (GoatSettings, training_pb2.GoatSettings),
+        (LoramSettings, training_pb2.LoramSettings),
+        (LoramAlignment, training_pb2.LoramAlignment),
         (OptimizerSettings, training_pb2.OptimizerSettings),
         (Gate, training_pb2.Gate),
         (PublishSettings, training_pb2.PublishSettings),
     )
     for kind, message in pairs:
         assert {field.name for field in dataclasses.fields(kind)} == {field.name for field in message.DESCRIPTOR.fields}
-    names = {field.name for field in dataclasses.fields(TrainingSpec)} - {"settings"} | {"method", "lora", "s2ft"}
+    names = {field.name for field in dataclasses.fields(TrainingSpec)} - {"settings"}
+    names |= {"method", *(method.value for method in TrainingMethod)}
     assert names == {field.name for field in training_pb2.TrainingSpec.DESCRIPTOR.fields}

@@ -59,7 +59,7 @@ STEPS = (
     "--over-length refuse --seed 7 --quantization nf4 --checkpoint-steps 5 --max-loss-ratio 0.9 --min-exact-match 0.5 "
     "--alias prod --alias new --label team=search --label note=a=b --request-id mine"
 ).split()
-LORA = "--rank 4 --alpha 8 --rslora --target q_proj --target v_proj".split()
+LORA = "--rank 4 --alpha 8 --rslora --target q_proj --target v_proj --dropout 0".split()
 S2FT = (
     "--down-share 0.1 --o-share 0 --score weight-activation --order large --budget global "
     "--disjoint-from legal --disjoint-from poems@2"
@@ -95,7 +95,7 @@ def test_submit_uploads_the_data_asks_for_what_every_flag_says_and_prints_the_id
     wanted = whole_spec()
     wanted.method = training_pb2.TRAINING_METHOD_LORA
     wanted.lora.MergeFrom(
-        training_pb2.LoraSettings(rank=4, alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"])
+        training_pb2.LoraSettings(rank=4, alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], dropout=0)
     )
     assert (asked(fake).spec, asked(fake).request_id) == (wanted, "mine")
     assert printed == f"{JOB}\n"
@@ -194,7 +194,7 @@ USUAL = ["--adapter", "mine", "--method"]
         ([DIGEST, "--method", "lora"], "--adapter"),
         ([DIGEST, "--adapter", "mine"], "--method"),
         ([*USUAL, "lora"], "DATA.jsonl"),
-        ([DIGEST, *USUAL, "goat"], "goat"),
+        ([DIGEST, *USUAL, "loqt"], "loqt"),
         ([DIGEST, *USUAL, "lora", "--steps", "1", "--epochs", "1"], "--steps and --epochs"),
         ([DIGEST, *USUAL, "lora", "--schedule", "zigzag"], "zigzag"),
         ([DIGEST, *USUAL, "lora", "--steps", "many"], "--steps"),

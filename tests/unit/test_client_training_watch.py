@@ -28,6 +28,7 @@ from motley_client import (
     JobState,
     NotFoundError,
     OutOfRangeError,
+    RoutingReport,
     Stage,
     StateChange,
     TrainingProgress,
@@ -75,20 +76,21 @@ def test_every_kind_of_event_comes_in_order_until_the_last(ask: Ask, fake: FakeT
 
     events = ask(address, "watch_training_job", JOB, key="mk_a_b")
 
-    assert sequences(events) == list(range(1, 10))
+    assert sequences(events) == list(range(1, 11))
     assert events[0] == JobEvent(1, datetime.fromtimestamp(FIRST_SECOND + 2, UTC), StateChange(JobState.QUEUED, "", ""))
     told = [one.event for one in events[1:]]
-    assert told[:6] == [
+    assert told[:7] == [
         StateChange(JobState.RUNNING, "", ""),
         Stage("reading data"),
         DataReport(90, 10, 2, 1, 1234),
         TrainingProgress(10, 30, 1.25, 2e-4, 0.5, 900.4, 75.5, 412 << 20),
         Checkpoint(10),
+        RoutingReport({"a": (0.7, 0.1, 0.1, 0.1), "b": (0.25, 0.45, 0.2, 0.1)}),
         Evaluation(10, 2.0, 0.5, 0.0, 0.9),
     ]
-    assert isinstance(told[6], AdapterVersion)
-    assert (told[6].name, told[6].version) == ("legal", 3)
-    assert told[7] == StateChange(JobState.SUCCEEDED, "", "")
+    assert isinstance(told[7], AdapterVersion)
+    assert (told[7].name, told[7].version) == ("legal", 3)
+    assert told[8] == StateChange(JobState.SUCCEEDED, "", "")
     assert set(fake.credentials) == {"Bearer mk_a_b"}
 
 
@@ -104,8 +106,8 @@ def test_a_watch_begins_where_it_is_told_and_ends_at_once_behind_the_last(
 ) -> None:
     fake.happen(JOB, *whole_life())
 
-    assert sequences(ask(address, "watch_training_job", JOB, 7)) == [8, 9]
-    assert ask(address, "watch_training_job", JOB, 9) == []
+    assert sequences(ask(address, "watch_training_job", JOB, 8)) == [9, 10]
+    assert ask(address, "watch_training_job", JOB, 10) == []
 
 
 def test_events_come_while_the_job_goes_on(fake: FakeTrainingService, address: str) -> None:
@@ -119,14 +121,14 @@ def test_events_come_while_the_job_goes_on(fake: FakeTrainingService, address: s
         assert next(events, None) is None
 
 
-@pytest.mark.parametrize("cuts", [[0], [1], [3, 0, 2], [8], [9]], ids=str)
+@pytest.mark.parametrize("cuts", [[0], [1], [3, 0, 2], [9], [10]], ids=str)
 def test_a_watch_that_is_cut_goes_on_behind_the_last_event(
     ask: Ask, fake: FakeTrainingService, address: str, cuts: list[int]
 ) -> None:
     fake.happen(JOB, *whole_life())
     fake.watch_cuts = list(cuts)
 
-    assert sequences(ask(address, "watch_training_job", JOB)) == list(range(1, 10))
+    assert sequences(ask(address, "watch_training_job", JOB)) == list(range(1, 11))
     assert watches(fake) == [sum(cuts[:place]) for place in range(len(cuts) + 1)]
 
 
@@ -176,7 +178,7 @@ def test_a_server_that_was_there_is_waited_for_longer_than_an_uploads(
     fake = restarting(6)  # which are more than one call is tried
     fake.watch_cuts = [4]
     with serving_training(fake) as address:
-        assert sequences(ask(address, "watch_training_job", JOB)) == list(range(1, 10))
+        assert sequences(ask(address, "watch_training_job", JOB)) == list(range(1, 11))
     assert watches(fake) == [0, 4]
 
 

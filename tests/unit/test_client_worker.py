@@ -150,7 +150,7 @@ def test_a_worker_registers_and_leases(fake: FakeWorkerService, address: str) ->
     assert (lease.token, lease.upload_id) == (made.tokens[0], f"upload-of-{made.id}")
     found = lease.job
     assert (found.id, found.method, found.adapter_name, found.aliases) == (made.id, "s2ft", "legal", ("beta",))
-    assert (found.datasets, found.disjoint_from) == ((made.spec.dataset, "sha256:1"), ("a", "b"))
+    assert (found.datasets, found.reads) == ((made.spec.dataset, "sha256:1"), ("a", "b"))
     assert (found.labels, found.base_fingerprint) == ({"k": "v"}, fake.base)
     assert found.spec["s2ft"] == {"disjoint_from": ["a", "b"]}
     assert lease.token not in repr(lease)
@@ -171,6 +171,28 @@ def test_a_dataset_that_is_named_twice_is_fetched_once() -> None:
     )
     assert leased is not None
     assert (leased.job.datasets, leased.job.method) == (("sha256:1",), "unspecified")
+
+
+def test_a_job_of_loram_has_the_text_to_align_on_and_the_adapter_whose_cut_is_taken() -> None:
+    alignment = training_pb2.LoramAlignment(dataset="sha256:2")
+    spec = training_pb2.TrainingSpec(
+        method=training_pb2.TRAINING_METHOD_LORAM,
+        dataset="sha256:1",
+        loram=training_pb2.LoramSettings(same_cut_as="legal@3", alignment=alignment),
+    )
+    leased = convert.lease(
+        training_pb2.LeaseJobResponse(lease=training_pb2.Lease(job=training_pb2.TrainingJob(spec=spec)))
+    )
+    assert leased is not None
+    assert (leased.job.method, leased.job.datasets) == ("loram", ("sha256:1", "sha256:2"))
+    assert leased.job.reads == ("legal@3",)
+    assert leased.job.spec["loram"] == {"same_cut_as": "legal@3", "alignment": {"dataset": "sha256:2"}}
+
+
+def test_where_tokens_went_may_be_told() -> None:
+    event = convert.told_event({"routing": {"modules": {"a": {"shares": [0.75, 0.25]}}}})
+    message = training_pb2.JobEvent.FromString(event.message)
+    assert (event.kind, list(message.routing.modules["a"].shares)) == ("routing", [0.75, 0.25])
 
 
 def test_leases_that_last_no_time_are_a_fault_of_the_servers() -> None:

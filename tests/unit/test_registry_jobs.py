@@ -229,6 +229,22 @@ def test_old_progress_is_forgotten_and_nothing_else(training: Training, monkeypa
     assert training.jobs.get("local", one.id).last_sequence == 10
 
 
+def test_old_routing_is_forgotten_apart_from_progress(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job_rows.MAX_ROUTING_EVENTS == 100
+    monkeypatch.setattr(job_rows, "MAX_ROUTING_EVENTS", 2)
+    job = training.create()
+    training.register()
+    lease = lease_id_of(training.lease())
+    routing = [NewEvent("routing", json.dumps({"routing": {"modules": {str(number): {}}}})) for number in range(4)]
+    training.leases.report(lease, [progress(1), *routing[:3], stage("a")])
+    training.leases.report(lease, [progress(2), routing[3]], 5)
+    left = [(number, kind) for number, kind, _ in training.events(job)]
+    assert left == [
+        *((1, "state_change"), (2, "state_change"), (3, "progress")),
+        *((6, "routing"), (7, "stage"), (8, "progress"), (9, "routing")),
+    ]
+
+
 def test_jobs_that_ended_long_ago_are_forgotten_with_their_events(
     training: Training, clock: SteppedClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

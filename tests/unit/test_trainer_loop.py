@@ -62,8 +62,11 @@ def test_what_a_method_adds_counts_by_the_share_of_the_samples(tmp_path: Path) -
         def buffers(self) -> dict[str, Tensor]:
             return {}
 
-        def extra_loss(self) -> Tensor:
+        def extra_loss(self, batch: object) -> Tensor:
             return 1000 * self.pulled.sum()
+
+        def report(self) -> dict[str, object]:
+            return {}
 
     pulls = []
     for size in (4, 3):

@@ -95,7 +95,7 @@ def test_s2ft_is_read_and_one_share_switches_the_defaults_off() -> None:
     ("fields", "field"),
     [
         ({"method": None}, "method"),
-        ({"method": "TRAINING_METHOD_GOAT"}, "method"),
+        ({"method": "TRAINING_METHOD_MAGIC"}, "method"),
         ({"method": 7}, "method"),
         ({"s2ft": {}}, "s2ft"),
         ({"dataset": "data"}, "dataset"),
@@ -164,6 +164,13 @@ def test_s2ft_settings_that_cannot_be_are_refused(settings: dict[str, Any], fiel
     with pytest.raises(SettingsError) as refused:
         read_spec({"method": "TRAINING_METHOD_S2FT", "dataset": DATA, "s2ft": settings})
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("ratio", ["1/0", "1/00", "0/0", "1", "3/2", "-1/2", "half", "."])
+def test_a_ratio_that_is_none_is_refused(ratio: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        read_spec({"method": "TRAINING_METHOD_LORAM", "dataset": DATA, "loram": {"ratio": ratio}})
+    assert (refused.value.reason, refused.value.field) == ("BAD_SPEC", "loram.ratio")
 
 
 def test_what_a_stranger_wrote_is_quoted_in_part() -> None:

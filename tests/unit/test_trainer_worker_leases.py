@@ -377,5 +377,5 @@ def test_what_a_worker_says_of_itself(house: WorkerHouse) -> None:
     house.work("passes", lambda: bool(house.fake.workers), device="cuda")
 
     (told,) = house.fake.workers.values()
-    assert (told.name, told.base_fingerprint, told.device, list(told.methods)) == ("w1", BASE, "cuda", [1, 2])
+    assert (told.name, told.base_fingerprint, told.device, list(told.methods)) == ("w1", BASE, "cuda", [1, 2, 3, 4])
     assert told.version

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from motley_bases.base_record import BaseRecord, write_base_record
@@ -22,6 +24,7 @@ from motley_trainer.sizes import parse_size
 from motley_trainer.worker.identity import default_name, identify_base
 from motley_trainer.worker.metrics import STATES, HttpEndpoint, WorkerMetrics
 from motley_trainer.worker.settings import METHODS
+from motley_trainer.worker.work import Work
 from motley_trainer.worker.workplace import Workplace
 from typer import Typer
 from typer.testing import CliRunner
@@ -212,6 +215,9 @@ def test_a_size_is_read_as_it_is_written(text: str, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
 
 
+ROUTING = {"modules": {"model.layers.0.mlp.up_proj": {"shares": [0.75, 0.25]}}}
+
+
 def exported(metrics: WorkerMetrics) -> set[tuple[str, str, str]]:
     """Return (name, type, labels) of every series, the name as a query writes it."""
     return {
@@ -227,12 +233,25 @@ def exported(metrics: WorkerMetrics) -> set[tuple[str, str, str]]:
 def test_the_document_lists_exactly_what_a_worker_exports() -> None:
     rows = ROW.findall(DOCUMENT.read_text(encoding="utf-8"))
     assert len(rows) == len({row[0] for row in rows})
-    assert {(name, kind, labels.strip()) for name, kind, labels, _ in rows} == exported(WorkerMetrics())
+    metrics = WorkerMetrics()
+    metrics.routed(ROUTING)
+    assert {(name, kind, labels.strip()) for name, kind, labels, _ in rows} == exported(metrics)
 
 
 def test_the_document_names_every_state() -> None:
     text = next(row[3] for row in ROW.findall(DOCUMENT.read_text(encoding="utf-8")) if row[0].endswith("jobs_total"))
     assert set(re.findall(r"`(\w+)`", text)) == set(STATES)
+
+
+def test_a_worker_shows_where_tokens_went_once_it_is_told() -> None:
+    metrics, reported = WorkerMetrics(), []  # type: ignore[var-annotated]
+    stand_in: Any = SimpleNamespace(job=None, add=reported.append)
+    work = Work(stand_in, stand_in, stand_in, stand_in, stand_in, metrics, stand_in)
+    work.told({"stage": "training"})
+    work.told({"routing": ROUTING})
+    assert [event.kind for event in reported] == ["stage", "routing"]
+    labels = {"module": "model.layers.0.mlp.up_proj", "expert": "1"}
+    assert metrics.registry.get_sample_value("motley_worker_expert_share", labels) == 0.25
 
 
 def test_a_worker_shows_its_job_and_nothing_once_that_has_ended() -> None:
@@ -243,6 +262,7 @@ def test_a_worker_shows_its_job_and_nothing_once_that_has_ended() -> None:
             HttpEndpoint(metrics.registry, f"127.0.0.1:{page.port}")
         metrics.leased(lambda: 42.5)
         metrics.progressed({"step": 7, "loss": 2.5, "tokens_per_second": 900.0})
+        metrics.routed(ROUTING)
         metrics.weighed(1 << 20)
         during = urllib.request.urlopen(f"http://127.0.0.1:{page.port}/metrics", timeout=10).read().decode()
         metrics.ended("s2ft", "succeeded")
@@ -254,5 +274,7 @@ def test_a_worker_shows_its_job_and_nothing_once_that_has_ended() -> None:
         assert f"\nmotley_worker_{name} {value}\n" in during
         assert f"\nmotley_worker_{name} 0.0\n" in after
     assert "motley_worker_child_memory_bytes 1.048576e+06" in during
+    assert 'motley_worker_expert_share{expert="0",module="model.layers.0.mlp.up_proj"} 0.75' in during
+    assert "motley_worker_expert_share{" not in after
     assert 'motley_worker_jobs_total{method="s2ft",state="succeeded"} 1.0' in after
     assert after.count("motley_worker_jobs_total{") == len(METHODS) * len(STATES)

@@ -1,4 +1,4 @@
-"""The least that a job's adapter takes, told from its spec: exactly what the trainer's parameters and channels take."""
+"""The least that a job's adapter takes, told from its spec: exactly what the tensors take that the trainer writes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from motley.v1 import training_pb2 as pb
 from motley_bases.loader import load_base, load_model
 from motley_bases.spec import LayerSpec
 from motley_server.rpc.training_sizes import least_adapter_bytes
-from motley_trainer.methods.lora import Lora
+from motley_trainer.methods import method_of
 from motley_trainer.methods.method import Context
-from motley_trainer.methods.s2ft import S2ft
 from motley_trainer.spec import settings as trainer
 from rpc_harness import make_base
+from small_trainings import SPEC
 from training_calls import spec_with
+from written_tensors import tensor_bytes
 
 
 def lora(**settings: Any) -> pb.TrainingSpec:
     return spec_with(lora=settings)
+
+
+def goat(**settings: Any) -> pb.TrainingSpec:
+    return spec_with(method=pb.TRAINING_METHOD_GOAT, goat=pb.GoatSettings(**settings))
+
+
+def loram(**settings: Any) -> pb.TrainingSpec:
+    return spec_with(method=pb.TRAINING_METHOD_LORAM, loram=pb.LoramSettings(**settings))
 
 
 def s2ft(**settings: Any) -> pb.TrainingSpec:
@@ -41,7 +50,14 @@ def test_a_lora_takes_its_factors() -> None:
     assert least_adapter_bytes(ranks, base) == 4 * (2 * everywhere + 5 * 32 - 48)
 
 
-CASES: dict[str, tuple[pb.TrainingSpec, trainer.LoraSettings | trainer.S2ftSettings]] = {
+def test_a_loram_takes_what_its_lora_would_on_the_whole_base() -> None:
+    base = make_base()
+    inner = {"rank": 2, "target_modules": ["q_proj", "mlp.up_proj"], "rank_pattern": {"up_proj": 3}}
+    assert least_adapter_bytes(loram(lora=inner), base) == least_adapter_bytes(lora(**inner), base) > 0
+    assert least_adapter_bytes(loram(ratio="3/4"), base) == least_adapter_bytes(spec_with(), base)
+
+
+CASES: dict[str, tuple[pb.TrainingSpec, trainer.Settings]] = {
     "lora": (
         lora(rank=2, target_modules=["q_proj", "down_proj"], rank_pattern={"mlp.down_proj": 3}),
         trainer.LoraSettings(
@@ -57,6 +73,11 @@ CASES: dict[str, tuple[pb.TrainingSpec, trainer.LoraSettings | trainer.S2ftSetti
         s2ft(down_share=0.1, o_share=0.3, budget=pb.CHANNEL_BUDGET_GLOBAL),
         trainer.S2ftSettings(down_share=0.1, o_share=0.3, budget=trainer.ChannelBudget.GLOBAL),
     ),
+    "goat as it comes": (goat(), trainer.GoatSettings()),
+    "goat of two": (
+        goat(rank=6, experts=3, target_modules=["q_proj", "mlp.down_proj", "lm_head"]),
+        trainer.GoatSettings(rank=6, experts=3, target_modules=("q_proj", "mlp.down_proj", "lm_head")),
+    ),
 }
 
 
@@ -67,14 +88,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_what_the_trainer_trains(name: str, checkpoint: Path) -> None:
+def test_it_is_what_the_trainer_writes(name: str, checkpoint: Path, tmp_path: Path) -> None:
     spec, settings = CASES[name]
     base = load_base(checkpoint, dtype="float32", device=torch.device("cpu")).spec
     model = load_model(checkpoint, torch.float32, torch.device("cpu"), "none")
-    method = Lora(settings) if isinstance(settings, trainer.LoraSettings) else S2ft(settings)
-    attached = method.attach(model, Context(base, 0, lambda count: []), None)
-    numbers = [*attached.parameters.values(), *attached.buffers().values()]
-    assert least_adapter_bytes(spec, base) == 4 * sum(tensor.numel() for tensor in numbers) > 0
+    method_of(replace(SPEC, settings=settings)).attach(model, Context(base, 0, lambda count: []), None).write(
+        tmp_path, {}
+    )
+    assert least_adapter_bytes(spec, base) == tensor_bytes(tmp_path) > 0
 
 
 def test_of_a_share_of_all_layers_the_smallest_are_taken() -> None:

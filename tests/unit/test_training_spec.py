@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from motley.v1 import training_pb2 as pb
 from motley_server.errors import FailedPreconditionError, InvalidArgumentError, MotleyError
-from motley_server.rpc.training_spec import BOUNDS, check_spec
+from motley_server.rpc.convert_training import METHODS
+from motley_server.rpc.training_bounds import BOUNDS
+from motley_server.rpc.training_spec import check_spec
 from rpc_harness import CONTEXT, make_base
 from training_calls import digest_of, samples, spec_with
 
@@ -76,7 +78,7 @@ GOOD: dict[str, pb.TrainingSpec] = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_spec_that_can_be_followed_is_let_through(name: str) -> None:
-    assert check_spec(GOOD[name], BASE) == ("lora" if GOOD[name].method == pb.TRAINING_METHOD_LORA else "s2ft")
+    assert check_spec(GOOD[name], BASE) == METHODS[GOOD[name].method]
 
 
 BAD: dict[str, tuple[pb.TrainingSpec, str, str]] = {
@@ -86,6 +88,12 @@ BAD: dict[str, tuple[pb.TrainingSpec, str, str]] = {
     ),
     "settings of LoRA for s2ft": (
         spec_with(method=pb.TRAINING_METHOD_S2FT, lora={}), "SETTINGS_OF_ANOTHER_METHOD", "lora",
+    ),
+    "settings of GOAT for LoRAM": (
+        spec_with(method=pb.TRAINING_METHOD_LORAM, goat=pb.GoatSettings()), "SETTINGS_OF_ANOTHER_METHOD", "goat",
+    ),
+    "settings of LoRA for LoRAM": (
+        spec_with(method=pb.TRAINING_METHOD_LORAM, lora={}), "SETTINGS_OF_ANOTHER_METHOD", "lora",
     ),
     "no dataset": (spec_with(dataset=""), "INVALID_DIGEST", "dataset"),
     "a dataset by another name": (spec_with(dataset="sha256:" + "A" * 64), "INVALID_DIGEST", "dataset"),
@@ -212,7 +220,8 @@ def test_every_number_of_a_spec_has_bounds() -> None:
     numbers = {
         f"{prefix}{field.name}"
         for prefix, message in (
-            ("", pb.TrainingSpec), ("lora.", pb.LoraSettings), ("s2ft.", pb.S2ftSettings),
+            ("", pb.TrainingSpec), ("lora.", pb.LoraSettings), ("s2ft.", pb.S2ftSettings), ("goat.", pb.GoatSettings),
+            ("loram.", pb.LoramSettings), ("loram.lora.", pb.LoraSettings), ("loram.alignment.", pb.LoramAlignment),
             ("optimizer.", pb.OptimizerSettings), ("gate.", pb.Gate),
         )
         for field in message.DESCRIPTOR.fields

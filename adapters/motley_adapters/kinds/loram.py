@@ -1,12 +1,16 @@
 """The kind `loram`: a LoRA that was trained on a pruned copy of the base and scattered back to the base's shapes.
 
 On disk it is a LoRA as PEFT loads it, zeros where the pruned channels are. The zeros are not multiplied: rows of
-lora_B and columns of lora_A that hold nothing else are left out here, and the channels that stay are named. Reading
-blocks; any thread but the event loop's.
+lora_B and columns of lora_A that hold nothing else are left out here, and the channels that stay are named. Beside them
+may lie the prune manifest of the copy, for whoever would cut another as it was; serving never reads it, but holds it
+against its digest. Reading blocks; any thread but the event loop's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from motley_kernels.adapter_delta import DeltaUnit
 from torch import Tensor
 
 from motley_adapters.errors import AdapterFormatError, AdapterMismatchError
+from motley_adapters.formats import CUT_FILE, MAX_CUT_BYTES, has_file
 from motley_adapters.identity import adapter_digest
 from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.kinds.lora import read_peft_units
@@ -29,15 +34,16 @@ def read_loram(source: KindSource) -> KindContent:
     """Read a recovered LoRAM directory, and leave its zeros out.
 
     Raises: as `read_lora` does; AdapterMismatchError with reason NOT_RECOVERED for factors of the pruned copy's own
-    shapes; AdapterFormatError with reason EMPTY_ADAPTER if no module changes anything.
+    shapes; AdapterFormatError with reason EMPTY_ADAPTER if no module changes anything, and for a prune manifest with
+    reason UNEXPECTED_FILE if none is declared, DIGEST_MISMATCH if another is.
     """
     details = source.details(KIND)
     details.allow("recovered", "prune_manifest")
     if not details.flag("recovered"):
         message = f"{details.path}.recovered is false: the factors still fit the pruned base alone"
         raise AdapterMismatchError(message, reason="NOT_RECOVERED", field=f"{details.path}.recovered")
-    if "prune_manifest" in details and not details.is_null("prune_manifest"):
-        details.digest("prune_manifest")
+    is_named = "prune_manifest" in details and not details.is_null("prune_manifest")
+    _check_cut(source, f"{details.path}.prune_manifest", details.digest("prune_manifest") if is_named else None)
     return KindContent(_read_compact(source))
 
 
@@ -54,6 +60,17 @@ def write_loram_manifest(
     details = {"recovered": True, "prune_manifest": prune_manifest}
     write_manifest(directory, Manifest(KIND, trained_on, base.fingerprint, digest), details, provenance)
     return digest
+
+
+def write_cut(directory: Path, copy: Path) -> str:
+    """Lay the prune manifest of a pruned copy beside an adapter that was trained on it, and return its digest.
+
+    Semantics: in the one form whose bytes have that digest: keys in order, no spaces.
+    """
+    content = json.loads((copy / CUT_FILE).read_text(encoding="utf-8"))
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    (directory / CUT_FILE).write_bytes(canonical)
+    return _digest_of(canonical)
 
 
 class CompactUnits(Mapping[str, DeltaUnit]):
@@ -87,6 +104,22 @@ class CompactUnits(Mapping[str, DeltaUnit]):
 
     def __len__(self) -> int:
         return len(self._paths)
+
+
+def _check_cut(source: KindSource, field: str, declared: str | None) -> None:
+    if not has_file(source.directory, CUT_FILE):
+        return
+    if declared is None:
+        message = f"{CUT_FILE} is there, and {field} names none"
+        raise AdapterFormatError(message, reason="UNEXPECTED_FILE", field=CUT_FILE)
+    found = _digest_of(source.read(source.directory, CUT_FILE, MAX_CUT_BYTES))
+    if found != declared:
+        message = f"{field} is {declared}, and the bytes of {CUT_FILE} have {found}"
+        raise AdapterFormatError(message, reason="DIGEST_MISMATCH", field=field)
+
+
+def _digest_of(content: bytes | bytearray | mmap.mmap) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _read_compact(source: KindSource) -> CompactUnits:

@@ -13,6 +13,7 @@ from motley_client.errors import InvalidArgumentError
 FILE_NAMES = (
     "adapter_config.json",
     "motley_manifest.json",
+    "prune_manifest.json",
     "goat_residual.safetensors",
     "adapter_model.safetensors",
 )

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from motley_client.cli_options import JsonOption, Server
-from motley_client.cli_train_flags import TrainingFlags, spec_of
+from motley_client.cli_train_flags import TrainingFlags
+from motley_client.cli_train_spec import spec_of
 from motley_client.cli_train_watch import watch_to_end
 from motley_client.cli_train_words import job_json
 from motley_client.cli_transfers import drawing_progress, naming_files
+from motley_client.types_training_methods import LoramAlignment, LoramSettings
 from motley_client.types_training_spec import Gate, TrainingSpec
 
 if TYPE_CHECKING:
     from motley_client.client import Client
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_WITH_A_SPEC = ("--eval",)  # what a file of a spec cannot name before it is uploaded
+_WITH_A_SPEC = ("--eval", "--align-with")  # what a file of a spec cannot name before it is uploaded
 
 
 def submit(
@@ -53,9 +55,9 @@ def submit(
     --watch then an object an event.
     """
     asked = spec_of(flags) if spec is None else _filed_spec(spec, flags)
-    _check_data(asked, data, flags.eval)
+    _check_data(asked, data, flags)
     with server.connect() as client:
-        asked = _with_data(client, asked, data, flags.eval)
+        asked = _with_data(client, asked, data, flags)
         job = client.create_training_job(asked, request_id=request_id)
         typer.echo(json.dumps(job_json(job)) if json_output else job.id)
         if watch:
@@ -73,7 +75,7 @@ def _filed_spec(path: Path, flags: TrainingFlags) -> TrainingSpec:
     return spec_of_json(text)
 
 
-def _check_data(spec: TrainingSpec, data: str | None, held_out: str | None) -> None:
+def _check_data(spec: TrainingSpec, data: str | None, flags: TrainingFlags) -> None:
     """Refuse data that is missing, or given twice, and a spec that cannot be sent, before a long upload."""
     from motley_client.convert_training_spec import spec_message
 
@@ -81,16 +83,26 @@ def _check_data(spec: TrainingSpec, data: str | None, held_out: str | None) -> N
         raise typer.BadParameter("name the DATA.jsonl to train on")
     if data is not None and spec.dataset:
         raise typer.BadParameter(f"the spec names the dataset {spec.dataset} already: leave out {data}")
-    if held_out is not None and spec.gate is not None and spec.gate.dataset:
+    if flags.eval is not None and spec.gate is not None and spec.gate.dataset:
         raise typer.BadParameter(f"the spec names the dataset {spec.gate.dataset} to measure on: leave out --eval")
+    if flags.align_with is not None:
+        if not isinstance(spec.settings, LoramSettings):
+            raise typer.BadParameter("the spec is not of the method loram: leave out --align-with")
+        if spec.settings.alignment is not None and spec.settings.alignment.dataset:
+            there = spec.settings.alignment.dataset
+            raise typer.BadParameter(f"the spec names the dataset {there} to align on: leave out --align-with")
     spec_message(spec)
 
 
-def _with_data(client: Client, spec: TrainingSpec, data: str | None, held_out: str | None) -> TrainingSpec:
+def _with_data(client: Client, spec: TrainingSpec, data: str | None, flags: TrainingFlags) -> TrainingSpec:
     if data is not None:
         spec = replace(spec, dataset=_digest(client, data))
-    if held_out is not None:
-        spec = replace(spec, gate=replace(spec.gate or Gate(), dataset=_digest(client, held_out)))
+    if flags.eval is not None:
+        spec = replace(spec, gate=replace(spec.gate or Gate(), dataset=_digest(client, flags.eval)))
+    if flags.align_with is not None and isinstance(spec.settings, LoramSettings):
+        text = _digest(client, flags.align_with)
+        alignment = replace(spec.settings.alignment or LoramAlignment(text), dataset=text)
+        spec = replace(spec, settings=replace(spec.settings, alignment=alignment))
     return spec
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from motley_client.cli_adapter_words import version_json
 from motley_client.cli_table import moment, table
+from motley_client.cli_train_routing import routing_words
 from motley_client.types_adapters import AdapterVersion
 from motley_client.types_training import (
     Checkpoint,
@@ -23,6 +24,7 @@ from motley_client.types_training import (
     Dataset,
     Evaluation,
     JobEvent,
+    RoutingReport,
     Stage,
     StateChange,
     TrainingCapabilities,
@@ -183,6 +185,8 @@ def _occurrence_json(event: JobEvent) -> dict[str, Any]:
             return {"published": version_json(version)}
         case Stage(text):
             return {"stage": text}
+        case RoutingReport(modules):
+            return {"routing": {"modules": {path: {"shares": list(shares)} for path, shares in modules.items()}}}
         case None:
             return {}
 
@@ -203,6 +207,8 @@ def _occurrence_words(event: JobEvent) -> str:
             return f"published {version.name}@{version.version} {version.digest}"
         case Stage(text):
             return text
+        case RoutingReport() as report:
+            return routing_words(report)
         case None:
             return "something that this version of motley does not know"
 

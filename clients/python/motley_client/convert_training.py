@@ -24,6 +24,7 @@ from motley_client.types_training import (
     JobEvent,
     JobState,
     Occurrence,
+    RoutingReport,
     Stage,
     StateChange,
     TrainingCapabilities,
@@ -31,7 +32,8 @@ from motley_client.types_training import (
     TrainingProgress,
     Worker,
 )
-from motley_client.types_training_spec import TrainingMethod, TrainingSpec
+from motley_client.types_training_methods import TrainingMethod
+from motley_client.types_training_spec import TrainingSpec
 
 _FORMATS = {
     training_pb2.DATASET_FORMAT_COMPLETION: DatasetFormat.COMPLETION,
@@ -178,6 +180,8 @@ def _event(message: training_pb2.JobEvent) -> Occurrence | None:
             return version(message.published)
         case "stage":
             return Stage(message.stage)
+        case "routing":
+            return RoutingReport({path: tuple(one.shares) for path, one in message.routing.modules.items()})
         case None:
             return None
 

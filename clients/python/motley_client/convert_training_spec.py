@@ -19,24 +19,34 @@ from motley.v1 import training_pb2
 from motley_client.convert_adapters import strings
 from motley_client.convert_fields import checked
 from motley_client.errors import InvalidArgumentError
-from motley_client.types_training_spec import (
+from motley_client.types_training_methods import (
+    METHODS_OF_SETTINGS,
     ChannelBudget,
     ChannelOrder,
     ChannelScore,
+    GoatScale,
+    GoatScaleRank,
+    GoatSegments,
+    LoramAlignment,
+    LoramPruning,
+    LoraSettings,
+    MethodSettings,
+    TrainingMethod,
+)
+from motley_client.types_training_spec import (
     Gate,
     LearningRateSchedule,
-    LoraSettings,
     OptimizerSettings,
     OverLength,
     PublishSettings,
-    S2ftSettings,
-    TrainingMethod,
     TrainingSpec,
 )
 
 METHODS = {
     training_pb2.TRAINING_METHOD_LORA: TrainingMethod.LORA,
     training_pb2.TRAINING_METHOD_S2FT: TrainingMethod.S2FT,
+    training_pb2.TRAINING_METHOD_GOAT: TrainingMethod.GOAT,
+    training_pb2.TRAINING_METHOD_LORAM: TrainingMethod.LORAM,
 }
 _METHOD_NUMBERS = {method: number for number, method in METHODS.items()}
 _ENUMS: dict[str, Mapping[int, Enum]] = {  # by the field that has them
@@ -55,6 +65,27 @@ _ENUMS: dict[str, Mapping[int, Enum]] = {  # by the field that has them
         training_pb2.CHANNEL_BUDGET_LAYER: ChannelBudget.LAYER,
         training_pb2.CHANNEL_BUDGET_GLOBAL: ChannelBudget.GLOBAL,
     },
+    "segments": {
+        training_pb2.GOAT_SEGMENTS_HEAD: GoatSegments.HEAD,
+        training_pb2.GOAT_SEGMENTS_MINI: GoatSegments.MINI,
+        training_pb2.GOAT_SEGMENTS_PRINCIPAL: GoatSegments.PRINCIPAL,
+        training_pb2.GOAT_SEGMENTS_MINOR: GoatSegments.MINOR,
+        training_pb2.GOAT_SEGMENTS_RANDOM: GoatSegments.RANDOM,
+    },
+    "scale": {
+        training_pb2.GOAT_SCALE_THEORETICAL: GoatScale.THEORETICAL,
+        training_pb2.GOAT_SCALE_ALPHA: GoatScale.ALPHA,
+    },
+    "rank_for_scale": {
+        training_pb2.GOAT_SCALE_RANK_EXPERT: GoatScaleRank.EXPERT,
+        training_pb2.GOAT_SCALE_RANK_TOTAL: GoatScaleRank.TOTAL,
+    },
+    "pruning": {
+        training_pb2.LORAM_PRUNING_STRUCTURED: LoramPruning.STRUCTURED,
+        training_pb2.LORAM_PRUNING_RANDOM: LoramPruning.RANDOM,
+        training_pb2.LORAM_PRUNING_UNSTRUCTURED: LoramPruning.UNSTRUCTURED,
+        training_pb2.LORAM_PRUNING_SEMI_STRUCTURED: LoramPruning.SEMI_STRUCTURED,
+    },
     "schedule": {
         training_pb2.LEARNING_RATE_SCHEDULE_LINEAR: LearningRateSchedule.LINEAR,
         training_pb2.LEARNING_RATE_SCHEDULE_COSINE: LearningRateSchedule.COSINE,
@@ -70,6 +101,8 @@ _SCALARS = (
     *("over_length", "seed", "checkpoint_steps"),
 )
 _PARTS = {"optimizer": OptimizerSettings, "gate": Gate, "publish": PublishSettings}
+_INNER = {"lora": LoraSettings, "alignment": LoramAlignment}  # messages inside of a method's settings
+_SETTINGS = {method.value: kind for kind, method in METHODS_OF_SETTINGS.items()}
 
 
 def spec_message(spec: TrainingSpec) -> training_pb2.TrainingSpec:
@@ -79,7 +112,8 @@ def spec_message(spec: TrainingSpec) -> training_pb2.TrainingSpec:
     one of them, and would forget the other.
     """
     if spec.method is None:
-        raise _refusal("LoraSettings or S2ftSettings say the method, and one of them is needed", "spec.method")
+        names = " or ".join(kind.__name__ for kind in _SETTINGS.values())
+        raise _refusal(f"{names} say the method, and one of them is needed", "spec.method")
     if spec.steps is not None and spec.epochs is not None:
         raise _refusal("a job lasts so many steps or so many epochs, not both", "spec.epochs")
     return _message(spec)
@@ -127,23 +161,22 @@ def _message(spec: TrainingSpec) -> training_pb2.TrainingSpec:
         parts[spec.method.value] = spec.settings
     _fill(message, "spec", {name: getattr(spec, name) for name in _SCALARS})
     for name, part in parts.items():
-        if part is None:
-            continue
-        if not isinstance(part, _PARTS.get(name, type(part))):
-            raise _refusal(f"{part!r} is no {_PARTS[name].__name__}", f"spec.{name}")
-        inner = getattr(message, name)
-        inner.SetInParent()  # all unset is not the same as not there
-        _fill(inner, f"spec.{name}", {field.name: getattr(part, field.name) for field in fields(part)})
+        if part is not None:
+            _fill_part(getattr(message, name), f"spec.{name}", part, _PARTS.get(name, type(part)))
     return message
 
 
-def _settings(message: training_pb2.TrainingSpec) -> LoraSettings | S2ftSettings | None:
-    kind = message.WhichOneof("method_settings") or getattr(METHODS.get(message.method), "value", None)
-    if kind == TrainingMethod.LORA.value:
-        return LoraSettings(**_values(message.lora))
-    if kind == TrainingMethod.S2FT.value:
-        return S2ftSettings(**_values(message.s2ft))
-    return None
+def _settings(message: training_pb2.TrainingSpec) -> MethodSettings | None:
+    name = message.WhichOneof("method_settings") or getattr(METHODS.get(message.method), "value", None)
+    return _SETTINGS[name](**_values(getattr(message, name))) if name in _SETTINGS else None
+
+
+def _fill_part(message: Message, path: str, part: Any, kind: type[Any]) -> None:
+    """Put a part into the message of the same fields."""
+    if not isinstance(part, kind):
+        raise _refusal(f"{part!r} is no {kind.__name__}", path)
+    message.SetInParent()  # all unset is not the same as not there
+    _fill(message, path, {field.name: getattr(part, field.name) for field in fields(part)})
 
 
 def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
@@ -154,6 +187,8 @@ def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
             continue
         if name in _ENUMS:
             message.MergeFrom(checked(field, _of_enum, kind=type(message), name=name, value=value))
+        elif name in _INNER:
+            _fill_part(getattr(message, name), field, value, _INNER[name])
         elif isinstance(getattr(message, name), str | int | float | Mapping):
             message.MergeFrom(checked(field, type(message), **{name: value}))
         else:
@@ -179,6 +214,8 @@ def _value(message: Message, name: str) -> Any:
     found = getattr(message, name)
     if name in _ENUMS:
         return _ENUMS[name].get(found)
+    if name in _INNER:
+        return _INNER[name](**_values(found))
     if isinstance(found, bool | int | float | str):
         return found
     return dict(found) if isinstance(found, Mapping) else tuple(found)

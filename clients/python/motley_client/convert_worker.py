@@ -16,12 +16,14 @@ from motley_client.convert_fields import checked, duration
 from motley_client.errors import InternalError, InvalidArgumentError
 from motley_client.types_worker import JobEnding, Lease, LeasedJob, LeaseEnd, WorkerEvent, WorkerTerms
 
-TOLD_KINDS = ("progress", "data", "checkpoint_step", "evaluation", "stage")
+TOLD_KINDS = ("progress", "data", "checkpoint_step", "evaluation", "stage", "routing")
 """What may be told of a job; its state, and what was published, are the server's to say."""
 
 _METHODS = {
     training_pb2.TRAINING_METHOD_LORA: "lora",
     training_pb2.TRAINING_METHOD_S2FT: "s2ft",
+    training_pb2.TRAINING_METHOD_GOAT: "goat",
+    training_pb2.TRAINING_METHOD_LORAM: "loram",
 }
 _METHOD_NUMBERS = {name: number for number, name in _METHODS.items()}
 _ENDS = {
@@ -101,13 +103,14 @@ def lease(response: training_pb2.LeaseJobResponse) -> Lease | None:
         return None
     message = response.lease
     spec = message.job.spec
-    datasets = dict.fromkeys(digest for digest in (spec.dataset, spec.gate.dataset) if digest)
+    named = (spec.dataset, spec.gate.dataset, spec.loram.alignment.dataset)
+    datasets = dict.fromkeys(digest for digest in named if digest)
     job = LeasedJob(
         id=message.job.id,
         method=_METHODS.get(spec.method, "unspecified"),
         base_fingerprint=message.job.base_fingerprint,
         datasets=tuple(datasets),
-        disjoint_from=tuple(spec.s2ft.disjoint_from),
+        reads=(*spec.s2ft.disjoint_from, *filter(None, [spec.loram.same_cut_as])),
         adapter_name=spec.publish.adapter_name,
         aliases=tuple(spec.publish.aliases),
         labels=dict(spec.publish.labels),

@@ -27,12 +27,12 @@ from motley_client.types_training import (
     TrainingJob,
     TrainingProgress,
 )
+from motley_client.types_training_methods import S2ftSettings
 from motley_client.types_training_spec import (
     Gate,
     LearningRateSchedule,
     OptimizerSettings,
     PublishSettings,
-    S2ftSettings,
     TrainingSpec,
 )
 

@@ -7,12 +7,14 @@ client does not know.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
 from motley_client.types_adapters import AdapterVersion
-from motley_client.types_training_spec import TrainingMethod, TrainingSpec
+from motley_client.types_training_methods import TrainingMethod
+from motley_client.types_training_spec import TrainingSpec
 
 
 class DatasetFormat(Enum):
@@ -124,7 +126,16 @@ class Stage:
     text: str
 
 
-Occurrence = StateChange | TrainingProgress | DataReport | Checkpoint | Evaluation | AdapterVersion | Stage
+@dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """Where tokens went since the last report: by module, the share of each expert, in the experts' order."""
+
+    modules: Mapping[str, tuple[float, ...]] = field(hash=False)
+
+
+Occurrence = (
+    StateChange | TrainingProgress | DataReport | Checkpoint | Evaluation | AdapterVersion | Stage | RoutingReport
+)
 """What can happen to a job; an AdapterVersion is what was published."""
 
 

@@ -1,6 +1,7 @@
-"""What a training job is asked to do: its method's settings, its steps, its gate and what it publishes.
+"""What a training job is asked to do: its data, its steps, its gate and what it publishes.
 
-Owns the vocabulary of TrainingSpec; what is told of jobs is in `types_training`. Knows neither protobuf nor gRPC.
+Owns the vocabulary of TrainingSpec, but for its method's settings, which are in `types_training_methods`; what is told
+of jobs is in `types_training`. Knows neither protobuf nor gRPC.
 Instances are immutable and may go from thread to thread. None is the server's default, which `training.proto` names
 beside each field; in an answer, it is also a value of an enum that this client does not know.
 """
@@ -11,36 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-
-class TrainingMethod(Enum):
-    """How an adapter is trained, which is also its kind."""
-
-    LORA = "lora"
-    S2FT = "s2ft"
-
-
-class ChannelScore(Enum):
-    """How S2FT scores a channel."""
-
-    RANDOM = "random"
-    WEIGHT = "weight"
-    ACTIVATION = "activation"
-    WEIGHT_ACTIVATION = "weight-activation"
-    GRADIENT = "gradient"
-
-
-class ChannelOrder(Enum):
-    """Which channels S2FT takes, by their score."""
-
-    SMALL = "small"
-    LARGE = "large"
-
-
-class ChannelBudget(Enum):
-    """Of what S2FT's shares are: of every layer's channels, or of all layers' together."""
-
-    LAYER = "layer"
-    GLOBAL = "global"
+from motley_client.types_training_methods import METHODS_OF_SETTINGS, MethodSettings, TrainingMethod
 
 
 class LearningRateSchedule(Enum):
@@ -56,40 +28,6 @@ class OverLength(Enum):
 
     TRUNCATE = "truncate"
     REFUSE = "refuse"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """Train a LoRA, on the Linears that `target_modules` name, or on all of the layers; patterns are by name or path.
-
-    Semantics: `alpha` goes over the rank, and with `use_rslora` over its root.
-    """
-
-    rank: int | None = None
-    alpha: float | None = None
-    use_rslora: bool = False
-    target_modules: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
-    dropout: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class S2ftSettings:
-    """Train S2FT, on shares of o_proj's heads, down_proj's channels, v_proj's heads and up_proj's channels.
-
-    Semantics: no channel is chosen that an adapter of `disjoint_from` has, so that they can be fused without overlap.
-    """
-
-    o_share: float | None = None
-    down_share: float | None = None
-    v_share: float | None = None
-    up_share: float | None = None
-    score: ChannelScore | None = None
-    order: ChannelOrder | None = None
-    budget: ChannelBudget | None = None
-    disjoint_from: tuple[str, ...] = ()
-    calibration_samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +77,7 @@ class TrainingSpec:
     """
 
     dataset: str
-    settings: LoraSettings | S2ftSettings | None
+    settings: MethodSettings | None
     publish: PublishSettings
     quantization: str | None = None
     steps: int | None = None
@@ -156,10 +94,4 @@ class TrainingSpec:
     @property
     def method(self) -> TrainingMethod | None:
         """Return the method that the settings are of."""
-        match self.settings:
-            case LoraSettings():
-                return TrainingMethod.LORA
-            case S2ftSettings():
-                return TrainingMethod.S2FT
-            case None:
-                return None
+        return None if self.settings is None else METHODS_OF_SETTINGS.get(type(self.settings))

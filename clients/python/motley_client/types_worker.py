@@ -40,14 +40,14 @@ class LeasedJob:
     """A job as a worker needs it.
 
     Semantics: `spec` is the whole TrainingSpec as JSON, under the proto's names, without the fields that are unset; the
-    fields beside it are read out of it. `datasets` are digests, each once.
+    fields beside it are read out of it. `datasets` are digests, each once, and `reads` the adapters to download.
     """
 
     id: str
     method: str
     base_fingerprint: str
     datasets: tuple[str, ...]
-    disjoint_from: tuple[str, ...]
+    reads: tuple[str, ...]
     adapter_name: str
     aliases: tuple[str, ...]
     labels: Mapping[str, str] = field(hash=False)

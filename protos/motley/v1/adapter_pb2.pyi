@@ -270,7 +270,7 @@ class UploadFile(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """One of `adapter_config.json`, `adapter_model.safetensors`, `motley_manifest.json`, `goat_residual.safetensors`."""
+    """One of `adapter_config.json`, `adapter_model.safetensors`, `motley_manifest.json`, `goat_residual.safetensors`, `prune_manifest.json`."""
     size_bytes: builtins.int
     sha256: builtins.str
     """64 hex digits."""

@@ -57,6 +57,9 @@ class _TrainingMethodEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     TRAINING_METHOD_UNSPECIFIED: _TrainingMethod.ValueType  # 0
     TRAINING_METHOD_LORA: _TrainingMethod.ValueType  # 1
     TRAINING_METHOD_S2FT: _TrainingMethod.ValueType  # 2
+    TRAINING_METHOD_GOAT: _TrainingMethod.ValueType  # 3
+    TRAINING_METHOD_LORAM: _TrainingMethod.ValueType  # 4
+    """Over an NF4 base, which is `quantization`, this is QLoRAM."""
 
 class TrainingMethod(_TrainingMethod, metaclass=_TrainingMethodEnumTypeWrapper):
     """How an adapter is trained, which is also its kind."""
@@ -64,6 +67,9 @@ class TrainingMethod(_TrainingMethod, metaclass=_TrainingMethodEnumTypeWrapper):
 TRAINING_METHOD_UNSPECIFIED: TrainingMethod.ValueType  # 0
 TRAINING_METHOD_LORA: TrainingMethod.ValueType  # 1
 TRAINING_METHOD_S2FT: TrainingMethod.ValueType  # 2
+TRAINING_METHOD_GOAT: TrainingMethod.ValueType  # 3
+TRAINING_METHOD_LORAM: TrainingMethod.ValueType  # 4
+"""Over an NF4 base, which is `quantization`, this is QLoRAM."""
 Global___TrainingMethod: typing_extensions.TypeAlias = TrainingMethod
 
 class _ChannelScore:
@@ -143,6 +149,118 @@ CHANNEL_BUDGET_LAYER: ChannelBudget.ValueType  # 1
 CHANNEL_BUDGET_GLOBAL: ChannelBudget.ValueType  # 2
 """The share is of all layers' channels together."""
 Global___ChannelBudget: typing_extensions.TypeAlias = ChannelBudget
+
+class _GoatSegments:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GoatSegmentsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GoatSegments.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GOAT_SEGMENTS_UNSPECIFIED: _GoatSegments.ValueType  # 0
+    """HEAD."""
+    GOAT_SEGMENTS_HEAD: _GoatSegments.ValueType  # 1
+    """The first of each segment."""
+    GOAT_SEGMENTS_MINI: _GoatSegments.ValueType  # 2
+    """The last of each segment."""
+    GOAT_SEGMENTS_PRINCIPAL: _GoatSegments.ValueType  # 3
+    """The first of the whole spectrum."""
+    GOAT_SEGMENTS_MINOR: _GoatSegments.ValueType  # 4
+    """The last of the whole spectrum."""
+    GOAT_SEGMENTS_RANDOM: _GoatSegments.ValueType  # 5
+    """Blocks drawn by the seed."""
+
+class GoatSegments(_GoatSegments, metaclass=_GoatSegmentsEnumTypeWrapper):
+    """Which directions of the spectrum of a Linear's weight GOAT's experts begin as. The spectrum has as many equal segments as there are experts."""
+
+GOAT_SEGMENTS_UNSPECIFIED: GoatSegments.ValueType  # 0
+"""HEAD."""
+GOAT_SEGMENTS_HEAD: GoatSegments.ValueType  # 1
+"""The first of each segment."""
+GOAT_SEGMENTS_MINI: GoatSegments.ValueType  # 2
+"""The last of each segment."""
+GOAT_SEGMENTS_PRINCIPAL: GoatSegments.ValueType  # 3
+"""The first of the whole spectrum."""
+GOAT_SEGMENTS_MINOR: GoatSegments.ValueType  # 4
+"""The last of the whole spectrum."""
+GOAT_SEGMENTS_RANDOM: GoatSegments.ValueType  # 5
+"""Blocks drawn by the seed."""
+Global___GoatSegments: typing_extensions.TypeAlias = GoatSegments
+
+class _GoatScale:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GoatScaleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GoatScale.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GOAT_SCALE_UNSPECIFIED: _GoatScale.ValueType  # 0
+    """THEORETICAL."""
+    GOAT_SCALE_THEORETICAL: _GoatScale.ValueType  # 1
+    """The root of 3 * in_features * eta / rank, for each module its own."""
+    GOAT_SCALE_ALPHA: _GoatScale.ValueType  # 2
+    """Alpha over an expert's rank, which the scripts that GOAT was released with come to."""
+
+class GoatScale(_GoatScale, metaclass=_GoatScaleEnumTypeWrapper):
+    """What GOAT's experts are multiplied by."""
+
+GOAT_SCALE_UNSPECIFIED: GoatScale.ValueType  # 0
+"""THEORETICAL."""
+GOAT_SCALE_THEORETICAL: GoatScale.ValueType  # 1
+"""The root of 3 * in_features * eta / rank, for each module its own."""
+GOAT_SCALE_ALPHA: GoatScale.ValueType  # 2
+"""Alpha over an expert's rank, which the scripts that GOAT was released with come to."""
+Global___GoatScale: typing_extensions.TypeAlias = GoatScale
+
+class _GoatScaleRank:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GoatScaleRankEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GoatScaleRank.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GOAT_SCALE_RANK_UNSPECIFIED: _GoatScaleRank.ValueType  # 0
+    """EXPERT."""
+    GOAT_SCALE_RANK_EXPERT: _GoatScaleRank.ValueType  # 1
+    GOAT_SCALE_RANK_TOTAL: _GoatScaleRank.ValueType  # 2
+
+class GoatScaleRank(_GoatScaleRank, metaclass=_GoatScaleRankEnumTypeWrapper):
+    """Which rank GOAT's theoretical scale is of."""
+
+GOAT_SCALE_RANK_UNSPECIFIED: GoatScaleRank.ValueType  # 0
+"""EXPERT."""
+GOAT_SCALE_RANK_EXPERT: GoatScaleRank.ValueType  # 1
+GOAT_SCALE_RANK_TOTAL: GoatScaleRank.ValueType  # 2
+Global___GoatScaleRank: typing_extensions.TypeAlias = GoatScaleRank
+
+class _LoramPruning:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoramPruningEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoramPruning.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LORAM_PRUNING_UNSPECIFIED: _LoramPruning.ValueType  # 0
+    """STRUCTURED."""
+    LORAM_PRUNING_STRUCTURED: _LoramPruning.ValueType  # 1
+    """The key-value heads and FFN channels that cost least, by LLM-Pruner's estimate on the data."""
+    LORAM_PRUNING_RANDOM: _LoramPruning.ValueType  # 2
+    """Key-value heads and FFN channels drawn by the seed."""
+    LORAM_PRUNING_UNSTRUCTURED: _LoramPruning.ValueType  # 3
+    """Single weights, by SparseGPT. Shapes stay, and so does the memory that training takes."""
+    LORAM_PRUNING_SEMI_STRUCTURED: _LoramPruning.ValueType  # 4
+    """As UNSTRUCTURED, so many of every so many weights of a row."""
+
+class LoramPruning(_LoramPruning, metaclass=_LoramPruningEnumTypeWrapper):
+    """What LoRAM leaves out of the base that it trains on."""
+
+LORAM_PRUNING_UNSPECIFIED: LoramPruning.ValueType  # 0
+"""STRUCTURED."""
+LORAM_PRUNING_STRUCTURED: LoramPruning.ValueType  # 1
+"""The key-value heads and FFN channels that cost least, by LLM-Pruner's estimate on the data."""
+LORAM_PRUNING_RANDOM: LoramPruning.ValueType  # 2
+"""Key-value heads and FFN channels drawn by the seed."""
+LORAM_PRUNING_UNSTRUCTURED: LoramPruning.ValueType  # 3
+"""Single weights, by SparseGPT. Shapes stay, and so does the memory that training takes."""
+LORAM_PRUNING_SEMI_STRUCTURED: LoramPruning.ValueType  # 4
+"""As UNSTRUCTURED, so many of every so many weights of a row."""
+Global___LoramPruning: typing_extensions.TypeAlias = LoramPruning
 
 class _LearningRateSchedule:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -596,6 +714,166 @@ class S2ftSettings(google.protobuf.message.Message):
 Global___S2ftSettings: typing_extensions.TypeAlias = S2ftSettings
 
 @typing.final
+class GoatSettings(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    EXPERTS_FIELD_NUMBER: builtins.int
+    TOP_K_FIELD_NUMBER: builtins.int
+    RHO_FIELD_NUMBER: builtins.int
+    SEGMENTS_FIELD_NUMBER: builtins.int
+    SCALE_FIELD_NUMBER: builtins.int
+    ETA_FIELD_NUMBER: builtins.int
+    RANK_FOR_SCALE_FIELD_NUMBER: builtins.int
+    ALPHA_FIELD_NUMBER: builtins.int
+    BALANCE_LOSS_FIELD_NUMBER: builtins.int
+    DROPOUT_FIELD_NUMBER: builtins.int
+    TARGET_MODULES_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    """Of all experts of a Linear together: 8 unless set. A multiple of `experts`."""
+    experts: builtins.int
+    """8 unless set."""
+    top_k: builtins.int
+    """Experts that a token goes through: 2 unless set."""
+    rho: builtins.float
+    """What the experts' first product is divided by: 10 unless set."""
+    segments: Global___GoatSegments.ValueType
+    scale: Global___GoatScale.ValueType
+    eta: builtins.float
+    """The learning rate of full fine-tuning over this one, for the theoretical scale: 1 unless set."""
+    rank_for_scale: Global___GoatScaleRank.ValueType
+    alpha: builtins.float
+    """For the scale ALPHA: twice the rank unless set."""
+    balance_loss: builtins.float
+    """What the balance loss of all modules is multiplied by: 0.001 unless set; 0 leaves it out."""
+    dropout: builtins.float
+    """Of each expert's input on its own: 0.05 unless set."""
+    @property
+    def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """As of LoraSettings."""
+
+    def __init__(
+        self,
+        *,
+        rank: builtins.int | None = ...,
+        experts: builtins.int | None = ...,
+        top_k: builtins.int | None = ...,
+        rho: builtins.float | None = ...,
+        segments: Global___GoatSegments.ValueType = ...,
+        scale: Global___GoatScale.ValueType = ...,
+        eta: builtins.float | None = ...,
+        rank_for_scale: Global___GoatScaleRank.ValueType = ...,
+        alpha: builtins.float | None = ...,
+        balance_loss: builtins.float | None = ...,
+        dropout: builtins.float | None = ...,
+        target_modules: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_balance_loss", b"_balance_loss", "_dropout", b"_dropout", "_eta", b"_eta", "_experts", b"_experts", "_rank", b"_rank", "_rho", b"_rho", "_top_k", b"_top_k", "alpha", b"alpha", "balance_loss", b"balance_loss", "dropout", b"dropout", "eta", b"eta", "experts", b"experts", "rank", b"rank", "rho", b"rho", "top_k", b"top_k"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_balance_loss", b"_balance_loss", "_dropout", b"_dropout", "_eta", b"_eta", "_experts", b"_experts", "_rank", b"_rank", "_rho", b"_rho", "_top_k", b"_top_k", "alpha", b"alpha", "balance_loss", b"balance_loss", "dropout", b"dropout", "eta", b"eta", "experts", b"experts", "rank", b"rank", "rank_for_scale", b"rank_for_scale", "rho", b"rho", "scale", b"scale", "segments", b"segments", "target_modules", b"target_modules", "top_k", b"top_k"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_balance_loss", b"_balance_loss"]) -> typing.Literal["balance_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_dropout", b"_dropout"]) -> typing.Literal["dropout"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_eta", b"_eta"]) -> typing.Literal["eta"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_experts", b"_experts"]) -> typing.Literal["experts"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rank", b"_rank"]) -> typing.Literal["rank"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rho", b"_rho"]) -> typing.Literal["rho"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_top_k", b"_top_k"]) -> typing.Literal["top_k"] | None: ...
+
+Global___GoatSettings: typing_extensions.TypeAlias = GoatSettings
+
+@typing.final
+class LoramAlignment(google.protobuf.message.Message):
+    """Training of the whole pruned base on plain text, before the adapter is trained on it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    dataset: builtins.str
+    """The digest of a dataset of plain text."""
+    steps: builtins.int
+    """100 unless set."""
+    learning_rate: builtins.float
+    """5e-5 unless set; its schedule is cosine, after a tenth of the steps."""
+    batch_size: builtins.int
+    """Samples a step; 16 unless set."""
+    def __init__(
+        self,
+        *,
+        dataset: builtins.str = ...,
+        steps: builtins.int | None = ...,
+        learning_rate: builtins.float | None = ...,
+        batch_size: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "steps", b"steps"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "dataset", b"dataset", "learning_rate", b"learning_rate", "steps", b"steps"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_steps", b"_steps"]) -> typing.Literal["steps"] | None: ...
+
+Global___LoramAlignment: typing_extensions.TypeAlias = LoramAlignment
+
+@typing.final
+class LoramSettings(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LORA_FIELD_NUMBER: builtins.int
+    PRUNING_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
+    PATTERN_FIELD_NUMBER: builtins.int
+    SAME_CUT_AS_FIELD_NUMBER: builtins.int
+    CALIBRATION_SAMPLES_FIELD_NUMBER: builtins.int
+    ALIGNMENT_FIELD_NUMBER: builtins.int
+    pruning: Global___LoramPruning.ValueType
+    ratio: builtins.str
+    """Of heads, of channels or of weights that go, such as 1/2 or 0.65: 1/2 unless set."""
+    layers: builtins.str
+    """`A:B` prunes layers A to B - 1. Unset: all but the first four and the last two."""
+    pattern: builtins.str
+    """For SEMI_STRUCTURED: `4:8`, which is also what it is unless set, leaves 4 of every 8."""
+    same_cut_as: builtins.str
+    """An adapter of kind loram, as a request names it: the same heads and channels go as for it, and none of the above is set but `lora`."""
+    calibration_samples: builtins.int
+    """Samples that STRUCTURED and both others with SparseGPT look at; 64 unless set."""
+    @property
+    def lora(self) -> Global___LoraSettings: ...
+    @property
+    def alignment(self) -> Global___LoramAlignment:
+        """Unset: none."""
+
+    def __init__(
+        self,
+        *,
+        lora: Global___LoraSettings | None = ...,
+        pruning: Global___LoramPruning.ValueType = ...,
+        ratio: builtins.str = ...,
+        layers: builtins.str = ...,
+        pattern: builtins.str = ...,
+        same_cut_as: builtins.str = ...,
+        calibration_samples: builtins.int | None = ...,
+        alignment: Global___LoramAlignment | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_calibration_samples", b"_calibration_samples", "alignment", b"alignment", "calibration_samples", b"calibration_samples", "lora", b"lora"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_calibration_samples", b"_calibration_samples", "alignment", b"alignment", "calibration_samples", b"calibration_samples", "layers", b"layers", "lora", b"lora", "pattern", b"pattern", "pruning", b"pruning", "ratio", b"ratio", "same_cut_as", b"same_cut_as"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_calibration_samples", b"_calibration_samples"]) -> typing.Literal["calibration_samples"] | None: ...
+
+Global___LoramSettings: typing_extensions.TypeAlias = LoramSettings
+
+@typing.final
 class OptimizerSettings(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -731,6 +1009,8 @@ class TrainingSpec(google.protobuf.message.Message):
     DATASET_FIELD_NUMBER: builtins.int
     LORA_FIELD_NUMBER: builtins.int
     S2FT_FIELD_NUMBER: builtins.int
+    GOAT_FIELD_NUMBER: builtins.int
+    LORAM_FIELD_NUMBER: builtins.int
     QUANTIZATION_FIELD_NUMBER: builtins.int
     STEPS_FIELD_NUMBER: builtins.int
     EPOCHS_FIELD_NUMBER: builtins.int
@@ -766,6 +1046,10 @@ class TrainingSpec(google.protobuf.message.Message):
     @property
     def s2ft(self) -> Global___S2ftSettings: ...
     @property
+    def goat(self) -> Global___GoatSettings: ...
+    @property
+    def loram(self) -> Global___LoramSettings: ...
+    @property
     def optimizer(self) -> Global___OptimizerSettings: ...
     @property
     def gate(self) -> Global___Gate: ...
@@ -778,6 +1062,8 @@ class TrainingSpec(google.protobuf.message.Message):
         dataset: builtins.str = ...,
         lora: Global___LoraSettings | None = ...,
         s2ft: Global___S2ftSettings | None = ...,
+        goat: Global___GoatSettings | None = ...,
+        loram: Global___LoramSettings | None = ...,
         quantization: builtins.str = ...,
         steps: builtins.int = ...,
         epochs: builtins.float = ...,
@@ -791,8 +1077,8 @@ class TrainingSpec(google.protobuf.message.Message):
         gate: Global___Gate | None = ...,
         publish: Global___PublishSettings | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "lora", b"lora", "max_length", b"max_length", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "publish", b"publish", "s2ft", b"s2ft", "steps", b"steps"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dataset", b"dataset", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "lora", b"lora", "max_length", b"max_length", "method", b"method", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "over_length", b"over_length", "publish", b"publish", "quantization", b"quantization", "s2ft", b"s2ft", "seed", b"seed", "steps", b"steps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "goat", b"goat", "lora", b"lora", "loram", b"loram", "max_length", b"max_length", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "publish", b"publish", "s2ft", b"s2ft", "steps", b"steps"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dataset", b"dataset", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "goat", b"goat", "lora", b"lora", "loram", b"loram", "max_length", b"max_length", "method", b"method", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "over_length", b"over_length", "publish", b"publish", "quantization", b"quantization", "s2ft", b"s2ft", "seed", b"seed", "steps", b"steps"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
@@ -804,7 +1090,7 @@ class TrainingSpec(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["duration", b"duration"]) -> typing.Literal["steps", "epochs"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["method_settings", b"method_settings"]) -> typing.Literal["lora", "s2ft"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["method_settings", b"method_settings"]) -> typing.Literal["lora", "s2ft", "goat", "loram"] | None: ...
 
 Global___TrainingSpec: typing_extensions.TypeAlias = TrainingSpec
 
@@ -934,6 +1220,60 @@ class StateChange(google.protobuf.message.Message):
 Global___StateChange: typing_extensions.TypeAlias = StateChange
 
 @typing.final
+class ExpertShares(google.protobuf.message.Message):
+    """Shares of the tokens that went through each expert, in the experts' order; they add up to 1."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: builtins.int
+    @property
+    def shares(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        shares: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["shares", b"shares"]) -> None: ...
+
+Global___ExpertShares: typing_extensions.TypeAlias = ExpertShares
+
+@typing.final
+class RoutingReport(google.protobuf.message.Message):
+    """Where tokens went since the last report, by module."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ModulesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___ExpertShares: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___ExpertShares | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    MODULES_FIELD_NUMBER: builtins.int
+    @property
+    def modules(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___ExpertShares]: ...
+    def __init__(
+        self,
+        *,
+        modules: collections.abc.Mapping[builtins.str, Global___ExpertShares] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["modules", b"modules"]) -> None: ...
+
+Global___RoutingReport: typing_extensions.TypeAlias = RoutingReport
+
+@typing.final
 class JobEvent(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -946,6 +1286,7 @@ class JobEvent(google.protobuf.message.Message):
     EVALUATION_FIELD_NUMBER: builtins.int
     PUBLISHED_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
+    ROUTING_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Starts at 1 and grows by one."""
     checkpoint_step: builtins.int
@@ -964,6 +1305,10 @@ class JobEvent(google.protobuf.message.Message):
     def evaluation(self) -> Global___Evaluation: ...
     @property
     def published(self) -> motley.v1.adapter_pb2.AdapterVersion: ...
+    @property
+    def routing(self) -> Global___RoutingReport:
+        """With each checkpoint, where experts are trained."""
+
     def __init__(
         self,
         *,
@@ -976,10 +1321,11 @@ class JobEvent(google.protobuf.message.Message):
         evaluation: Global___Evaluation | None = ...,
         published: motley.v1.adapter_pb2.AdapterVersion | None = ...,
         stage: builtins.str = ...,
+        routing: Global___RoutingReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "progress", b"progress", "published", b"published", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "progress", b"progress", "published", b"published", "sequence", b"sequence", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["state_change", "progress", "data", "checkpoint_step", "evaluation", "published", "stage"] | None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "progress", b"progress", "published", b"published", "routing", b"routing", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "progress", b"progress", "published", b"published", "routing", b"routing", "sequence", b"sequence", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["state_change", "progress", "data", "checkpoint_step", "evaluation", "published", "stage", "routing"] | None: ...
 
 Global___JobEvent: typing_extensions.TypeAlias = JobEvent
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from motley_adapters.formats import MAX_JSON_BYTES, MAX_TENSOR_FILE_BYTES
+from motley_adapters.formats import max_bytes_of
 
 from motley_server.errors import InvalidArgumentError, NotFoundError
 from motley_server.library.observer import LibraryObserver
@@ -194,7 +194,7 @@ def _check_header(asked: AskedUpload) -> None:
 
 
 def _check_size(file: BundleFile, field: str) -> None:
-    most = MAX_JSON_BYTES if file.name.endswith(".json") else MAX_TENSOR_FILE_BYTES
+    most = max_bytes_of(file.name)
     if file.size_bytes > most:
         message = f"{file.name} has {file.size_bytes} bytes, and {most} are read"
         raise InvalidArgumentError(message, reason="FILE_TOO_LARGE", field=field)

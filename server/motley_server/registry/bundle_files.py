@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from motley_server.errors import InvalidArgumentError
 
-FILE_NAMES = ("adapter_config.json", "adapter_model.safetensors", "goat_residual.safetensors", "motley_manifest.json")
+FILE_NAMES = (
+    "adapter_config.json", "adapter_model.safetensors", "goat_residual.safetensors", "motley_manifest.json",
+    "prune_manifest.json",
+)  # fmt: skip
 MAX_FILE_BYTES = 1 << 40
 PREFIX = "sha256:"
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -22,8 +22,9 @@ from motley_server.registry.job_records import Ending, JobEvent, JobRecord, JobS
 from motley_server.registry.schema import from_microseconds, job_events, jobs, to_microseconds
 
 MAX_PROGRESS_EVENTS = 1000
+MAX_ROUTING_EVENTS = 100  # of which one has a number for every expert of every Linear
 MAX_MESSAGE_CHARACTERS = 4000
-PROGRESS = "progress"
+PROGRESS, ROUTING = "progress", "routing"
 STATE_CHANGE = "state_change"
 
 _ID = re.compile(r"job-[0-9a-f]{16}")
@@ -78,7 +79,7 @@ def job_answered(answer: Answer) -> JobRecord:
 
 
 def append_events(connection: Connection, job_id: str, now: datetime, events: Sequence[NewEvent]) -> None:
-    """Give events the next numbers of a job, and forget its oldest progress where there is too much."""
+    """Give events the next numbers of a job, and forget its oldest progress and routing where there is too much."""
     if not events:
         return
     is_job = jobs.c.id == job_id
@@ -89,8 +90,9 @@ def append_events(connection: Connection, job_id: str, now: datetime, events: Se
     ]
     connection.execute(job_events.insert(), rows)
     connection.execute(update(jobs).where(is_job).values(last_sequence=last + len(rows)))
-    if any(event.kind == PROGRESS for event in events):
-        _thin_out(connection, job_id)
+    for kind, most in ((PROGRESS, MAX_PROGRESS_EVENTS), (ROUTING, MAX_ROUTING_EVENTS)):
+        if any(event.kind == kind for event in events):
+            _thin_out(connection, job_id, kind, most)
 
 
 def change_state(
@@ -112,13 +114,14 @@ def _state_change(state: JobState, reason: str, message: str) -> NewEvent:
     return NewEvent(STATE_CHANGE, json.dumps({STATE_CHANGE: {name: text for name, text in said.items() if text}}))
 
 
-def _thin_out(connection: Connection, job_id: str) -> None:
+def _thin_out(connection: Connection, job_id: str, kind: str, most: int) -> None:
+    """Keep the newest events of a kind."""
     columns = job_events.c
-    is_progress = (columns.job_id == job_id) & (columns.kind == PROGRESS)
-    newest = select(columns.sequence).where(is_progress).order_by(columns.sequence.desc())
-    first_kept = connection.execute(newest.offset(MAX_PROGRESS_EVENTS - 1).limit(1)).scalar()
+    is_meant = (columns.job_id == job_id) & (columns.kind == kind)
+    newest = select(columns.sequence).where(is_meant).order_by(columns.sequence.desc())
+    first_kept = connection.execute(newest.offset(most - 1).limit(1)).scalar()
     if first_kept is not None:
-        connection.execute(delete(job_events).where(is_progress, columns.sequence < first_kept))
+        connection.execute(delete(job_events).where(is_meant, columns.sequence < first_kept))
 
 
 def _printable_in_sql(text: str) -> str:

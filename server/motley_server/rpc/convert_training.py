@@ -28,6 +28,8 @@ M = TypeVar("M", bound=Message)
 METHODS: Final[Mapping[int, str]] = MappingProxyType({
     training_pb2.TRAINING_METHOD_LORA: "lora",
     training_pb2.TRAINING_METHOD_S2FT: "s2ft",
+    training_pb2.TRAINING_METHOD_GOAT: "goat",
+    training_pb2.TRAINING_METHOD_LORAM: "loram",
 })  # fmt: skip
 METHOD_NUMBERS: Final[Mapping[str, Any]] = MappingProxyType({method: number for number, method in METHODS.items()})
 STATES: Final[Mapping[int, JobState]] = MappingProxyType({

@@ -21,6 +21,10 @@ MAX_EVENTS: Final = 1000
 MAX_STAGE_CHARACTERS: Final = 200
 MAX_MESSAGE_CHARACTERS: Final = 4000
 MAX_REMAINING_SECONDS: Final = 1 << 32
+MAX_MODULES: Final = 4096
+MAX_PATH_CHARACTERS: Final = 200
+MAX_EXPERTS: Final = 4096
+SHARES_TOLERANCE: Final = 1e-3  # they may have been written with few digits
 ENDINGS: Final = (
     *(JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED),
     JobState.QUEUED,
@@ -90,6 +94,22 @@ def _check_event(event: training_pb2.JobEvent, field: str) -> None:
     if len(event.stage) > MAX_STAGE_CHARACTERS or not event.stage.isprintable():
         message = f"a stage is at most {MAX_STAGE_CHARACTERS} printable characters"
         raise _bad_event(message, f"{field}.stage")
+    if kind == "routing":
+        _check_routing(event.routing, f"{field}.routing.modules")
+
+
+def _check_routing(report: training_pb2.RoutingReport, field: str) -> None:
+    if len(report.modules) > MAX_MODULES:
+        raise _bad_event(f"{len(report.modules)} modules; {MAX_MODULES} are allowed", field)
+    for path, experts in report.modules.items():
+        if len(path) > MAX_PATH_CHARACTERS or not path.isprintable():
+            message = f"a module's path is at most {MAX_PATH_CHARACTERS} printable characters"
+            raise _bad_event(message, field)
+        shares = experts.shares
+        if len(shares) > MAX_EXPERTS:
+            raise _bad_event(f"{len(shares)} experts; {MAX_EXPERTS} are allowed", f"{field}[{path}]")
+        if not (all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) <= SHARES_TOLERANCE):
+            raise _bad_event("shares are from 0 to 1, and add up to 1", f"{field}[{path}]")
 
 
 def _ending(message: training_pb2.JobEnding) -> Ending:

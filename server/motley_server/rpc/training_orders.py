@@ -18,7 +18,7 @@ from motley_server.registry.job_records import JobRecord, NewJob
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.rpc.convert_training import text_of
 from motley_server.rpc.training_sizes import least_adapter_bytes
-from motley_server.rpc.training_spec import adapters_of, check_spec, datasets_of
+from motley_server.rpc.training_spec import ALIGNMENT, NamedAdapter, adapters_of, check_spec, datasets_of
 from motley_server.training.opening import Training
 
 Spec = training_pb2.TrainingSpec
@@ -38,23 +38,24 @@ class TrainingOrders:
         """Check a spec and what it names, and queue a job by it.
 
         Raises: what `check_spec` and `Jobs.create` do; NotFoundError (reason=DATASET_NOT_FOUND or ADAPTER_NOT_FOUND);
-        InvalidArgumentError (reason=KIND_MISMATCH or NO_ANSWERS); FailedPreconditionError (reason=NO_CHAT_TEMPLATE).
+        InvalidArgumentError (reason=KIND_MISMATCH, FORMAT_MISMATCH or NO_ANSWERS); FailedPreconditionError
+        (reason=NO_CHAT_TEMPLATE).
         """
         method = check_spec(spec, self._base)
         named: dict[str, str] = {}
         for digest, field in datasets_of(spec):
             named.setdefault(digest, field)
-        for digest, field in named.items():
             await self._check_dataset(spec, caller.tenant_id, digest, field)
-        for index, name in enumerate(adapters_of(spec)):
-            await self._check_adapter(caller.tenant_id, name, f"spec.s2ft.disjoint_from[{index}]")
+        read = tuple(adapters_of(spec))
+        for adapter in read:
+            await self._check_adapter(caller.tenant_id, adapter)
         job = NewJob(
             owner=caller.tenant_id,
             created_by=caller.key_id,
             method=method,
             adapter_name=spec.publish.adapter_name,
             datasets=tuple(named),
-            reads=tuple(adapters_of(spec)),
+            reads=tuple(adapter.name for adapter in read),
             base_fingerprint=self._base.fingerprint,
             spec=text_of(spec),
         )
@@ -70,6 +71,9 @@ class TrainingOrders:
         record = await self._run(self._datasets.find, owner, digest)
         if record is None:  # the registry says so, unless this repeats what it has answered already
             return
+        if field == ALIGNMENT and record.format is not DatasetFormat.TEXT:
+            message = f"the dataset's samples are of format {record.format.value}, and alignment is on plain text"
+            raise InvalidArgumentError(message, reason="FORMAT_MISMATCH", field=field)
         if record.format is DatasetFormat.CHAT and not self._base.has_chat_template:
             message = f"{self._base.name} has no chat template, and the dataset's samples are conversations"
             raise FailedPreconditionError(message, reason="NO_CHAT_TEMPLATE", field=field)
@@ -78,13 +82,13 @@ class TrainingOrders:
             message = "samples of plain text have no answers that could match: leave it unset"
             raise InvalidArgumentError(message, reason="NO_ANSWERS", field="spec.gate.min_exact_match")
 
-    async def _check_adapter(self, tenant_id: str, name: str, field: str) -> None:
-        version = await self._run(self._adapters.resolve, tenant_id, read_reference(name, field))
+    async def _check_adapter(self, tenant_id: str, named: NamedAdapter) -> None:
+        version = await self._run(self._adapters.resolve, tenant_id, read_reference(named.name, named.field))
         if version is None:
-            raise adapter_not_found(name, field)
-        if version.kind != "s2ft":
-            message = f"adapter {name!r} is of kind {version.kind}, and channels are apart from those of s2ft alone"
-            raise InvalidArgumentError(message, reason="KIND_MISMATCH", field=field)
+            raise adapter_not_found(named.name, named.field)
+        if version.kind != named.kind:
+            message = f"adapter {named.name!r} is of kind {version.kind}, and {named.purpose} of {named.kind} alone"
+            raise InvalidArgumentError(message, reason="KIND_MISMATCH", field=named.field)
 
 
 def _field_of(field: str | None, named: list[str]) -> str | None:

@@ -7,7 +7,7 @@ tensors, so that what is told here is never too much. Pure; runs on the event lo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Final
 
@@ -15,8 +15,10 @@ from motley.v1 import training_pb2
 from motley_bases.spec import BaseSpec
 
 from motley_server.rpc.lora_targets import DEFAULT_RANK
+from motley_server.rpc.training_goat import DEFAULT_EXPERTS
+from motley_server.rpc.training_goat import DEFAULT_RANK as DEFAULT_GOAT_RANK
 
-NUMBER_BYTES: Final = 4  # of float32, in which either method writes, and of a channel's number
+NUMBER_BYTES: Final = 4  # of float32, in which every method writes, and of a channel's number
 # By share: the Linear of every layer that it is of, whether of its heads, and whether of its inputs.
 PLACES: Final = (
     ("o_share", "self_attn.o_proj", True, True),
@@ -34,19 +36,39 @@ def least_adapter_bytes(spec: training_pb2.TrainingSpec, base: BaseSpec) -> int:
             return sum(_lora_numbers(spec.lora, base)) * NUMBER_BYTES
         case training_pb2.TRAINING_METHOD_S2FT:
             return sum(_s2ft_numbers(spec.s2ft, base)) * NUMBER_BYTES
+        case training_pb2.TRAINING_METHOD_GOAT:
+            return sum(_goat_numbers(spec.goat, base)) * NUMBER_BYTES
+        case training_pb2.TRAINING_METHOD_LORAM:  # it has the base's own shapes, with zeros where the copy was pruned
+            return sum(_lora_numbers(spec.loram.lora, base)) * NUMBER_BYTES
         case _:
             return 0
 
 
 def _lora_numbers(settings: training_pb2.LoraSettings, base: BaseSpec) -> Iterator[int]:
     """Yield what two factors have, of each Linear that is meant."""
-    targets, ranks = set(settings.target_modules), dict(settings.rank_pattern)
+    ranks = dict(settings.rank_pattern)
     common = settings.rank if settings.HasField("rank") else DEFAULT_RANK
-    for path, sides in base.linears.items():
+    for path, names in _meant(settings.target_modules, base):
+        yield next((ranks[name] for name in names if name in ranks), common) * sum(base.linears[path])
+
+
+def _goat_numbers(settings: training_pb2.GoatSettings, base: BaseSpec) -> Iterator[int]:
+    """Yield what the experts' factors have, a residual of as many beside them, and a router of the inputs."""
+    rank = settings.rank if settings.HasField("rank") else DEFAULT_GOAT_RANK
+    experts = settings.experts if settings.HasField("experts") else DEFAULT_EXPERTS
+    for path, _ in _meant(settings.target_modules, base):
+        inputs, outputs = base.linears[path]
+        yield 2 * rank * (inputs + outputs) + experts * inputs
+
+
+def _meant(target_modules: Sequence[str], base: BaseSpec) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield the Linears that names mean, each with all its names, the longest first, which says the most."""
+    targets = set(target_modules)
+    for path in base.linears:
         parts = path.split(".")
-        names = [".".join(parts[start:]) for start in range(len(parts))]  # the longest first, which says the most
+        names = [".".join(parts[start:]) for start in range(len(parts))]
         if targets.intersection(names) or (not targets and path != base.lm_head_path):
-            yield next((ranks[name] for name in names if name in ranks), common) * sum(sides)
+            yield path, names
 
 
 def _s2ft_numbers(settings: training_pb2.S2ftSettings, base: BaseSpec) -> Iterator[int]:

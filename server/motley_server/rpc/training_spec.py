@@ -7,18 +7,14 @@ thread.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from motley.v1 import training_pb2
 from motley_bases.spec import BaseSpec
 
-from motley_server.errors import FailedPreconditionError, InvalidArgumentError
-from motley_server.library.sets import read_reference
+from motley_server.errors import InvalidArgumentError
 from motley_server.registry.aliases import MAX_ALIASES, check_alias
 from motley_server.registry.dataset_records import check_dataset_digest
 from motley_server.registry.labels import MAX_LABELS, check_labels
@@ -27,71 +23,26 @@ from motley_server.rpc.convert_training import METHODS
 from motley_server.rpc.fields import naming
 from motley_server.rpc.lease_scope import JOB_LABEL
 from motley_server.rpc.lora_targets import check_targets
+from motley_server.rpc.training_bounds import Bounds, check_bounds, wrong
+from motley_server.rpc.training_goat import check_goat
+from motley_server.rpc.training_loram import check_loram
+from motley_server.rpc.training_s2ft import check_s2ft
 
 Spec = training_pb2.TrainingSpec
 
-MAX_RANK: Final = 4096
-MAX_STEPS: Final = 10**7
-MAX_BATCH: Final = 1 << 16
-MAX_SAMPLES: Final = 1 << 20  # to score channels on
-MAX_DISJOINT: Final = 32
 DEFAULT_BATCH: Final = 16
 QUANTIZATIONS: Final = ("none", "nf4")
-# By share, the Linear of every layer that it is of.
-S2FT_PLACES: Final[Mapping[str, str]] = MappingProxyType({
-    "o_share": "self_attn.o_proj",
-    "down_share": "mlp.down_proj",
-    "v_share": "self_attn.v_proj",
-    "up_share": "mlp.up_proj",
-})  # fmt: skip
-DEFAULT_SHARES: Final = ("o_share", "down_share")
+ALIGNMENT: Final = "spec.loram.alignment.dataset"
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a number may be: in [least, most] and in (above, below). NaN is nowhere."""
+class NamedAdapter:
+    """An adapter that a spec reads, as it names it: in which field, of which kind it must be, and what for."""
 
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def allow(self, value: float) -> bool:
-        """Tell whether a number is within."""
-        return self.least <= value <= self.most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        bounds = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
-        kept = [f"{word} {bound:.17g}" for word, bound in bounds if math.isfinite(bound)]
-        return f"a number {' and '.join(kept)}"
-
-
-_SHARE: Final = Bounds(0, 1)
-_COUNT: Final = Bounds(1, MAX_STEPS)
-_POSITIVE: Final = Bounds(above=0, most=1e30)
-_BELOW_ONE: Final = Bounds(0, below=1)
-
-# Of fields that were set; what was not has a default that is within.
-BOUNDS: Final[Mapping[str, Bounds]] = MappingProxyType({
-    "steps": _COUNT,
-    "epochs": Bounds(above=0, most=1e6),
-    "batch_size": Bounds(1, MAX_BATCH),
-    "micro_batch_size": Bounds(1, MAX_BATCH),
-    "checkpoint_steps": _COUNT,
-    "lora.rank": Bounds(1, MAX_RANK),
-    "lora.alpha": _POSITIVE,
-    "lora.dropout": _BELOW_ONE,
-    **{f"s2ft.{name}": _SHARE for name in S2FT_PLACES},
-    "s2ft.calibration_samples": Bounds(1, MAX_SAMPLES),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.warmup_steps": Bounds(0, MAX_STEPS),
-    "optimizer.weight_decay": Bounds(0, 1e30),
-    "optimizer.beta1": _BELOW_ONE,
-    "optimizer.beta2": _BELOW_ONE,
-    "optimizer.max_gradient_norm": Bounds(0, 1e30),
-    "gate.max_loss_ratio": _POSITIVE,
-    "gate.min_exact_match": _SHARE,
-})  # fmt: skip
+    name: str
+    field: str
+    kind: str
+    purpose: str
 
 
 def check_spec(spec: Spec, base: BaseSpec) -> str:
@@ -101,23 +52,19 @@ def check_spec(spec: Spec, base: BaseSpec) -> str:
     """
     method = METHODS.get(spec.method)
     if method is None:
-        raise _wrong("METHOD_REQUIRED", "method", f"say how to train: {', '.join(METHODS.values())}")
+        raise wrong("METHOD_REQUIRED", "method", f"say how to train: {', '.join(METHODS.values())}")
     settings = spec.WhichOneof("method_settings")
     if settings not in (None, method):
         message = f"the settings are of {settings}, and the method is {method}"
-        raise _wrong("SETTINGS_OF_ANOTHER_METHOD", str(settings), message)
-    for path, bounds in BOUNDS.items():
-        _check_bounds(spec, path, bounds)
+        raise wrong("SETTINGS_OF_ANOTHER_METHOD", str(settings), message)
+    check_bounds(spec)
     _check_length(spec, base)
     _check_batches(spec)
     _check_data(spec)
     if spec.quantization and spec.quantization not in QUANTIZATIONS:
         message = f"{spec.quantization[:40]!r} is neither {' nor '.join(QUANTIZATIONS)}"
-        raise _wrong("UNKNOWN_QUANTIZATION", "quantization", message)
-    if method == "s2ft":
-        _check_s2ft(spec.s2ft, base)
-    else:
-        check_targets(spec.lora, base, Bounds(1, MAX_RANK), _POSITIVE)
+        raise wrong("UNKNOWN_QUANTIZATION", "quantization", message)
+    _check_settings(spec, method, base)
     _check_publishing(spec.publish)
     return method
 
@@ -127,36 +74,46 @@ def datasets_of(spec: Spec) -> Iterator[tuple[str, str]]:
     yield spec.dataset, "spec.dataset"
     if spec.gate.dataset:
         yield spec.gate.dataset, "spec.gate.dataset"
+    if spec.loram.HasField("alignment"):
+        yield spec.loram.alignment.dataset, ALIGNMENT
 
 
-def adapters_of(spec: Spec) -> Sequence[str]:
-    """Return the adapters that a spec reads, as it names them, in its order."""
-    return tuple(spec.s2ft.disjoint_from)
+def adapters_of(spec: Spec) -> Iterator[NamedAdapter]:
+    """Yield the adapters that a spec reads, in its order, which is that of a worker's too."""
+    for index, name in enumerate(spec.s2ft.disjoint_from):
+        yield NamedAdapter(name, f"spec.s2ft.disjoint_from[{index}]", "s2ft", "channels are apart from those")
+    if spec.loram.same_cut_as:
+        yield NamedAdapter(spec.loram.same_cut_as, "spec.loram.same_cut_as", "loram", "a cut is taken over")
 
 
-def _check_bounds(spec: Spec, path: str, bounds: Bounds) -> None:
-    *holders, name = path.split(".")
-    holder: Any = reduce(getattr, holders, spec)
-    if holder.HasField(name) and not bounds.allow(value := getattr(holder, name)):
-        raise _wrong("OUT_OF_RANGE", path, f"{value:g} is not {bounds}")
+def _check_settings(spec: Spec, method: str, base: BaseSpec) -> None:
+    match method:
+        case "lora":
+            check_targets(spec.lora, base, "lora")
+        case "s2ft":
+            check_s2ft(spec.s2ft, base)
+        case "goat":
+            check_goat(spec.goat, base)
+        case "loram":
+            check_loram(spec.loram, base)
 
 
 def _check_length(spec: Spec, base: BaseSpec) -> None:
     bounds = Bounds(2, base.context_length)
     if spec.HasField("max_length") and not bounds.allow(spec.max_length):
         message = f"{spec.max_length} is not {bounds}: the base's context has {base.context_length} tokens"
-        raise _wrong("OUT_OF_RANGE", "max_length", message)
+        raise wrong("OUT_OF_RANGE", "max_length", message)
 
 
 def _check_batches(spec: Spec) -> None:
     batch = spec.batch_size if spec.HasField("batch_size") else DEFAULT_BATCH
     if spec.HasField("micro_batch_size") and batch % spec.micro_batch_size:
         message = f"a batch of {batch} cannot be divided into parts of {spec.micro_batch_size}"
-        raise _wrong("BATCH_NOT_DIVISIBLE", "micro_batch_size", message)
+        raise wrong("BATCH_NOT_DIVISIBLE", "micro_batch_size", message)
     warmup = spec.optimizer.warmup_steps
     if spec.HasField("steps") and warmup >= spec.steps and warmup:
         message = f"{warmup} steps of warm-up leave nothing of {spec.steps} steps"
-        raise _wrong("OUT_OF_RANGE", "optimizer.warmup_steps", message)
+        raise wrong("OUT_OF_RANGE", "optimizer.warmup_steps", message)
 
 
 def _check_data(spec: Spec) -> None:
@@ -164,27 +121,6 @@ def _check_data(spec: Spec) -> None:
         holder, _, name = field.rpartition(".")
         with naming(holder, {"digest": name}):
             check_dataset_digest(digest)
-
-
-def _check_s2ft(settings: training_pb2.S2ftSettings, base: BaseSpec) -> None:
-    given = [name for name in S2FT_PLACES if settings.HasField(name)]  # type: ignore[arg-type]
-    shares = [name for name in given if getattr(settings, name)] if given else DEFAULT_SHARES
-    if not shares:
-        raise _wrong("SELECTS_NOTHING", "s2ft", "no share is above 0, so that nothing would be trained")
-    for share in shares:
-        for layer in range(len(base.layers)):
-            path = f"model.layers.{layer}.{S2FT_PLACES[share]}"
-            if path not in base.linears:
-                message = f"s2ft takes a base with Linears named as in Llama, and {base.name} has no {path}"
-                raise FailedPreconditionError(message, reason="METHOD_NOT_FOR_BASE", field="spec.method")
-    if len(settings.disjoint_from) > MAX_DISJOINT:
-        message = f"{len(settings.disjoint_from)} items; {MAX_DISJOINT} are allowed"
-        raise _wrong("OUT_OF_RANGE", "s2ft.disjoint_from", message)
-    for index, name in enumerate(settings.disjoint_from):
-        field = f"s2ft.disjoint_from[{index}]"
-        read_reference(name, f"spec.{field}")
-        if name in settings.disjoint_from[:index]:
-            raise _wrong("DUPLICATE_ADAPTER", field, f"{name!r} is named before")
 
 
 def _check_publishing(publish: training_pb2.PublishSettings) -> None:
@@ -205,7 +141,3 @@ def _check_publishing(publish: training_pb2.PublishSettings) -> None:
             message = f"{MAX_LABELS} labels are too many: at most {MAX_LABELS - 1}, beside the one of the server's own"
             raise InvalidArgumentError(message, reason="INVALID_LABEL", field="labels")
         check_labels(publish.labels)
-
-
-def _wrong(reason: str, field: str, message: str) -> InvalidArgumentError:
-    return InvalidArgumentError(message, reason=reason, field=f"spec.{field}")

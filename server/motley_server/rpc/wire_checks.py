@@ -56,7 +56,7 @@ def _unknown_enums(message: Message, prefix: str) -> Iterator[tuple[str, int]]:
     for field, value in message.ListFields():
         path = prefix + field.name
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            continue  # this surface has no map of messages or enums
+            continue  # this surface has no map of enums, or of messages that have them
         items = list(enumerate(value)) if field.is_repeated else [(None, value)]
         for index, item in items:
             where = path if index is None else f"{path}[{index}]"

@@ -37,6 +37,11 @@ class Batch:
         return int((self.labels[:, 1:] != NOT_LEARNED).sum())
 
     @property
+    def predicting(self) -> Tensor:
+        """Return the positions after which a token is learned in some row, ascending: those that have logits."""
+        return (self.labels[:, 1:] != NOT_LEARNED).any(0).nonzero()[:, 0]
+
+    @property
     def num_tokens(self) -> int:
         """Return how many tokens there are, padding not counted."""
         return int(self.attention_mask.sum())
@@ -66,7 +71,7 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     they are the largest tensor of a step.
     """
     targets = batch.labels[:, 1:]
-    wanted = (targets != NOT_LEARNED).any(0).nonzero()[:, 0]
+    wanted = batch.predicting
     logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=wanted).logits
     return cross_entropy(
         logits.float().flatten(0, 1), targets[:, wanted].flatten(), ignore_index=NOT_LEARNED, reduction="sum"

@@ -1,4 +1,4 @@
-"""The base of a job: loaded as it is served or trained, described, and without a server's parts in its Linears.
+"""The bases of a job: loaded as they are served or trained, described, and without a server's parts in their Linears.
 
 The weights and products are those that are served (`motley_bases`); attention is transformers' own, since training
 needs gradients through it. Runs on the thread that owns the model.
@@ -6,6 +6,8 @@ needs gradients through it. Runs on the thread that owns the model.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,6 +39,40 @@ def load_job_base(directory: Path, *, name: str, dtype: str, device: torch.devic
         raise SettingsError(error.message, reason="BAD_SPEC", field="quantization") from error
     _set_attention(base.model)
     return base
+
+
+class HeldBase:
+    """One base at a time: the last that was asked for."""
+
+    def __init__(self, *, name: str, dtype: str, device: torch.device, on_load: Callable[[], None]) -> None:
+        self._name = name
+        self._dtype = dtype
+        self._device = device
+        self._on_load = on_load
+        self._key: tuple[Path, str] | None = None
+        self._base: PlainBase | None = None
+
+    def hold(self, directory: Path, quantization: str) -> PlainBase:
+        """Return a base in a quantization, as it was left if it is the one that is held; else the other is let go.
+
+        Effects: calls `on_load` before a base is loaded.
+        """
+        if self._base is None or self._key != (directory, quantization):
+            self.let_go()
+            self._on_load()
+            self._base = load_job_base(
+                directory, name=self._name, dtype=self._dtype, device=self._device, quantization=quantization
+            )
+            self._key = directory, quantization
+        return self._base
+
+    def let_go(self) -> None:
+        """Hold none."""
+        if self._base is None:
+            return
+        self._base = None
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def _trainable(dtype: str, directory: Path) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from motley_trainer.job.checkpoint import Checkpoint
-from motley_trainer.methods.method import Attached
+from motley_trainer.methods.method import Trained
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def captured(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def captured(attached: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return all that the next step depends on, by name."""
     tensors = {f"buffer.{name}": buffer for name, buffer in attached.buffers().items()}
     for name, parameter in attached.parameters.items():
@@ -27,7 +27,7 @@ def captured(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 @torch.no_grad()
-def restore(attached: Attached, tensors: Mapping[str, Tensor]) -> None:
+def restore(attached: Trained, tensors: Mapping[str, Tensor]) -> None:
     """Give a method's parameters the values that a checkpoint has."""
     for name, parameter in attached.parameters.items():
         parameter.copy_(tensors[f"parameter.{name}"])
@@ -39,7 +39,7 @@ def buffers_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name.removeprefix("buffer."): tensor for name, tensor in found if name.startswith("buffer.")}
 
 
-def restore_moments(attached: Attached, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_moments(attached: Trained, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give an optimizer the moments that a checkpoint has."""
     state = optimizer.state_dict()
     names = attached.parameters

@@ -64,6 +64,7 @@ class JobFiles:
         self._directory = directory
         self.data = directory / "data"
         self.checkpoints = directory / "checkpoints"
+        self.stages = directory / "stages"
         self.adapter = directory / "adapter"
         self._before = directory / "before.json"
         self._evaluation = directory / "evaluation.json"

@@ -21,7 +21,7 @@ from motley_trainer.job.captured import captured, restore, restore_moments
 from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
 from motley_trainer.job.reporting import JobCancelledError, Reporter, Step
 from motley_trainer.job.schedule import rate
-from motley_trainer.methods.method import Attached
+from motley_trainer.methods.method import Trained
 from motley_trainer.spec.settings import TrainingSpec
 
 
@@ -30,7 +30,7 @@ class Training:
     """What a training is made of."""
 
     model: PreTrainedModel
-    attached: Attached
+    attached: Trained
     spec: TrainingSpec
     data: TrainingData
 
@@ -61,6 +61,8 @@ def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | No
             checkpoints.save(resumed)
             reporter.flush()
             reporter.tell("checkpoint_step", told.step)
+            for name, body in training.attached.report().items():
+                reporter.tell(name, body)
         if is_stopping:
             raise JobCancelledError
     assert resumed is not None  # there is one step at least
@@ -87,7 +89,7 @@ def _take_step(
     for batch in batches:
         with accelerator.autocast():
             loss = summed_loss(model, batch) / num_learned
-            extra = training.attached.extra_loss()
+            extra = training.attached.extra_loss(batch)
         total += float(loss.detach())
         accelerator.backward(loss if extra is None else loss + extra * (len(batch.input_ids) / spec.batch_size))
     bound = spec.optimizer.max_gradient_norm or math.inf
@@ -98,7 +100,7 @@ def _take_step(
     return Step(step + 1, num_steps, total, learning_rate, norm, sum(batch.num_tokens for batch in batches))
 
 
-def set_training(model: PreTrainedModel, attached: Attached, is_training: bool) -> None:
+def set_training(model: PreTrainedModel, attached: Trained, is_training: bool) -> None:
     """Put the modules that own a trained parameter into training mode, or out of it; the base stays as served."""
     trained = {id(parameter) for parameter in attached.parameters.values()}
     for module in model.modules():

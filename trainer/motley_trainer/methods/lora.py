@@ -8,7 +8,7 @@ Source: LoRA, arXiv:2106.09685; rank-stabilized LoRA, arXiv:2312.03732; QLoRA, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ from motley_bases.spec import BaseSpec
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from motley_trainer.errors import SettingsError
+from motley_trainer.data.batches import Batch
 from motley_trainer.methods.lora_linear import LoraLinear
 from motley_trainer.methods.method import Context
+from motley_trainer.methods.targets import check_rank, longest_key, named_linears, refuse_idle
 from motley_trainer.spec.settings import LoraSettings, derived_seed
 
 _DROPS = "dropout_state"
@@ -86,8 +87,12 @@ class AttachedLora:
         """Return the state of what dropout draws from."""
         return {} if self._drops is None else {_DROPS: self._drops.get_state()}
 
-    def extra_loss(self) -> None:
+    def extra_loss(self, batch: Batch) -> None:
         """Add nothing to the loss."""
+
+    def report(self) -> Mapping[str, object]:
+        """Tell nothing."""
+        return {}
 
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
         """Write the directory that PEFT loads, with a manifest beside, and return the adapter's digest."""
@@ -124,43 +129,15 @@ def resolve_targets(settings: LoraSettings, spec: BaseSpec) -> dict[str, Target]
     of a pattern that mean one Linear the longest counts, as it says the most.
     Raises: SettingsError with reason NO_SUCH_MODULE or RANK_TOO_LARGE, naming the field.
     """
-    paths = [path for path in spec.linears if path != spec.lm_head_path]
-    if settings.target_modules:
-        _refuse_idle(settings.target_modules, spec.linears, spec, "lora.target_modules")
-        paths = [path for path in spec.linears if _key(path, settings.target_modules) is not None]
+    paths = named_linears(settings.target_modules, spec, "lora.target_modules")
     for name, keys in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-        _refuse_idle(keys, paths, spec, f"lora.{name}")
+        refuse_idle(keys, paths, f"lora.{name}", "no Linear that is adapted")
     return {path: _target(path, settings, spec) for path in paths}
 
 
 def _target(path: str, settings: LoraSettings, spec: BaseSpec) -> Target:
-    rank_key, alpha_key = _key(path, settings.rank_pattern), _key(path, settings.alpha_pattern)
+    rank_key, alpha_key = longest_key(path, settings.rank_pattern), longest_key(path, settings.alpha_pattern)
     rank = settings.rank if rank_key is None else settings.rank_pattern[rank_key]
     alpha = settings.alpha if alpha_key is None else settings.alpha_pattern[alpha_key]
-    smaller = min(spec.linears[path])
-    if rank > smaller:
-        field = "lora.rank" if rank_key is None else f'lora.rank_pattern["{rank_key}"]'
-        message = f"{field} {rank} is more than the smaller side of {path}, which is {smaller}"
-        raise SettingsError(message, reason="RANK_TOO_LARGE", field=field)
+    check_rank(rank, path, spec, "lora.rank" if rank_key is None else f'lora.rank_pattern["{rank_key}"]')
     return Target(rank, alpha / (math.sqrt(rank) if settings.use_rslora else rank))
-
-
-def _key(path: str, keys: Iterable[str]) -> str | None:
-    """Return the longest key that means a Linear, None if none does."""
-    return max((key for key in keys if _means(key, path)), key=len, default=None)
-
-
-def _means(key: str, path: str) -> bool:
-    return path == key or path.endswith(f".{key}")
-
-
-def _refuse_idle(keys: Iterable[str], paths: Iterable[str], spec: BaseSpec, field: str) -> None:
-    """Refuse a key that means none of these Linears."""
-    paths = tuple(paths)
-    for key in keys:
-        if not any(_means(key, path) for path in paths):
-            what = "no Linear that is adapted" if field != "lora.target_modules" else f"no Linear of {spec.name}"
-            names = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-            raise SettingsError(
-                f"{field} has {key!r}, which names {what}; there are {names}", reason="NO_SUCH_MODULE", field=field
-            )

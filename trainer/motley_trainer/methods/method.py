@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from motley_trainer.data.batches import Batch
+from motley_trainer.methods.loram_copy import PrunedCopy
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,17 +25,19 @@ class Context:
     """What a method may look at when it attaches.
 
     Semantics: `calibration(n)` are the first n training samples in the order of the data, or all if there are fewer, on
-    the model's device. `adapters` are the directories of the adapters that the settings name, in their order.
+    the model's device. `adapters` are the directories of the adapters that the settings name, in their order. `copy` is
+    what is trained on in the place of the base, where something is.
     """
 
     spec: BaseSpec
     seed: int
     calibration: Callable[[int], Sequence[Batch]]
     adapters: Sequence[Path] = ()
+    copy: PrunedCopy | None = None
 
 
-class Attached(Protocol):
-    """A method's parameters inside a model.
+class Trained(Protocol):
+    """Parameters inside a model that steps are taken with.
 
     Semantics: `parameters` are all that is trained, by names and in an order that depend on the spec and the base
     alone; everything else of the model is frozen. The model itself stays as it is served, in evaluation mode; a module
@@ -48,8 +51,18 @@ class Attached(Protocol):
     def buffers(self) -> Mapping[str, Tensor]:
         """Return what else a resumed run must have as it is now; kept in each checkpoint."""
 
-    def extra_loss(self) -> Tensor | None:
-        """Return what is added to the loss of the forward pass just made, if anything."""
+    def extra_loss(self, batch: Batch) -> Tensor | None:
+        """Return what is added to the loss of the forward pass just made over a batch, if anything.
+
+        Semantics: asked once after each forward pass that is trained on, and after no other.
+        """
+
+    def report(self) -> Mapping[str, object]:
+        """Return what a checkpoint tells beside its step, since the last one: events' bodies by their names."""
+
+
+class Attached(Trained, Protocol):
+    """A method's parameters inside a model."""
 
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
         """Write the adapter's directory, with `provenance` and `facts` in its manifest, and return its digest."""

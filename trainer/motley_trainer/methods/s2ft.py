@@ -19,6 +19,7 @@ from motley_bases.spec import BaseSpec
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from motley_trainer.data.batches import Batch
 from motley_trainer.errors import SettingsError
 from motley_trainer.methods.channel_linear import ChannelLinear
 from motley_trainer.methods.method import Context
@@ -110,9 +111,13 @@ class AttachedChannels:
         """Return the channels."""
         return {f"{path}{CHANNELS}": linear.channels for path, linear in self._linears.items()}
 
-    def extra_loss(self) -> Tensor | None:
+    def extra_loss(self, batch: Batch) -> Tensor | None:
         """Return nothing: the task's loss is all."""
         return None
+
+    def report(self) -> Mapping[str, object]:
+        """Tell nothing."""
+        return {}
 
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
         """Write an S2FT directory, and return its digest."""

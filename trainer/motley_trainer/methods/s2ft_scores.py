@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from motley_trainer.data.batches import Batch, summed_loss
+from motley_trainer.methods.product_weight import weight_columns
 from motley_trainer.methods.s2ft_sites import Place, Site, sites_of
 from motley_trainer.spec.settings import ChannelScore
-
-UNIT_ROWS = 256  # unit vectors that go through a Linear at once, to learn its weight
 
 Watch = Callable[[str, Tensor, Tensor], None]
 """Takes a path, inputs [T, I] and the gradients of outputs [T, O]."""
@@ -78,18 +77,9 @@ def _column_squares(
     return found
 
 
-@torch.no_grad()
 def weight_squares(linear: nn.Linear) -> Tensor:
     """Return the squared norm of every column of the weight that a Linear's products have. Shapes: [I] float32."""
-    size, device = linear.in_features, linear.weight.device
-    dtype = linear.weight.dtype if linear.weight.is_floating_point() else getattr(linear, "compute_dtype", None)
-    nothing: Tensor = linear(torch.zeros(1, size, dtype=dtype, device=device))  # the bias
-    squares = []
-    for first in range(0, size, UNIT_ROWS):
-        units = torch.zeros(min(UNIT_ROWS, size - first), size, dtype=nothing.dtype, device=device)
-        units[torch.arange(len(units)), first + torch.arange(len(units))] = 1
-        squares.append((linear(units) - nothing).float().square().sum(1))
-    return torch.cat(squares).cpu()
+    return torch.cat([columns.square().sum(1) for columns in weight_columns(linear)]).cpu()
 
 
 @torch.no_grad()

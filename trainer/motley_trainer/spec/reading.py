@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 
 from motley_trainer.spec.json_fields import JsonFields
+from motley_trainer.spec.methods import MAX_ALPHA, MAX_COUNT, read_digest, read_settings
 from motley_trainer.spec.settings import (
-    ChannelBudget,
-    ChannelOrder,
-    ChannelScore,
     GateSettings,
-    LoraSettings,
     OptimizerSettings,
     OverLength,
-    S2ftSettings,
     Schedule,
     TrainingMethod,
     TrainingSpec,
 )
 
-MAX_RANK = 1 << 16
-MAX_COUNT = 1 << 31
 MAX_SEED = 1 << 63
-MAX_ALPHA = 1e30  # as far as an adapter's file may go
 QUANTIZATIONS = ("none", "nf4")
-
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def read_spec(value: object) -> TrainingSpec:
@@ -53,8 +43,8 @@ def read_spec(value: object) -> TrainingSpec:
         raise fields.error("epochs", "does not go with steps: one of them says how long")
     spec = TrainingSpec(
         method=method,
-        settings=_lora(settings) if method is TrainingMethod.LORA else _s2ft(settings),
-        dataset=_digest(fields, "dataset"),
+        settings=read_settings(method, settings),
+        dataset=read_digest(fields, "dataset"),
         digest=digest_of(value),
         quantization=_quantization(fields),
         steps=steps,
@@ -79,42 +69,6 @@ def digest_of(value: object) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _lora(fields: JsonFields) -> LoraSettings:
-    rank = fields.whole("rank", 1, MAX_RANK, 8)
-    alphas = fields.map("alpha_pattern")
-    ranks = fields.map("rank_pattern")
-    settings = LoraSettings(
-        rank=rank,
-        alpha=fields.number("alpha", 2.0 * rank, above=0, most=MAX_ALPHA),
-        use_rslora=fields.flag("use_rslora"),
-        target_modules=fields.names("target_modules"),
-        rank_pattern={name: ranks.whole(name, 1, MAX_RANK, 1) for name in ranks},
-        alpha_pattern={name: alphas.number(name, 1.0, above=0, most=MAX_ALPHA) for name in alphas},
-        dropout=fields.number("dropout", 0.0, least=0, below=1),
-    )
-    fields.end()
-    return settings
-
-
-def _s2ft(fields: JsonFields) -> S2ftSettings:
-    names = ("o_share", "down_share", "v_share", "up_share")
-    is_silent = not any(name in fields for name in names)
-    defaults = {"o_share": 0.05, "down_share": 0.02} if is_silent else {}
-    shares = {name: fields.number(name, defaults.get(name, 0.0), least=0, most=1) for name in names}
-    if not any(shares.values()):
-        raise fields.error("", "has no share above 0, and so trains nothing")
-    settings = S2ftSettings(
-        **shares,
-        score=fields.word("score", ChannelScore, "CHANNEL_SCORE_", ChannelScore.RANDOM),
-        order=fields.word("order", ChannelOrder, "CHANNEL_ORDER_", ChannelOrder.SMALL),
-        budget=fields.word("budget", ChannelBudget, "CHANNEL_BUDGET_", ChannelBudget.LAYER),
-        disjoint_from=fields.names("disjoint_from"),
-        calibration_samples=fields.whole("calibration_samples", 1, MAX_COUNT, 64),
-    )
-    fields.end()
-    return settings
-
-
 def _optimizer(fields: JsonFields, steps: int | None) -> OptimizerSettings:
     settings = OptimizerSettings(
         learning_rate=fields.number("learning_rate", 2e-4, above=0, most=MAX_ALPHA),
@@ -131,19 +85,12 @@ def _optimizer(fields: JsonFields, steps: int | None) -> OptimizerSettings:
 
 def _gate(fields: JsonFields) -> GateSettings:
     settings = GateSettings(
-        dataset=_digest(fields, "dataset") if fields.get("dataset") else None,
+        dataset=read_digest(fields, "dataset") if fields.get("dataset") else None,
         max_loss_ratio=fields.number("max_loss_ratio", 1.0, above=0, most=MAX_ALPHA),
         min_exact_match=fields.number_or_none("min_exact_match", least=0, most=1),
     )
     fields.end()
     return settings
-
-
-def _digest(fields: JsonFields, name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise fields.error(name, "is not `sha256:` and 64 hex digits")
-    return value
 
 
 def _quantization(fields: JsonFields) -> str | None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 
 
 class TrainingMethod(StrEnum):
@@ -18,6 +19,8 @@ class TrainingMethod(StrEnum):
 
     LORA = "lora"
     S2FT = "s2ft"
+    GOAT = "goat"
+    LORAM = "loram"
 
 
 class ChannelScore(StrEnum):
@@ -42,6 +45,44 @@ class ChannelBudget(StrEnum):
 
     LAYER = "layer"
     GLOBAL = "global"
+
+
+class GoatSegments(StrEnum):
+    """Which directions of the spectrum GOAT's experts begin as."""
+
+    HEAD = "head"
+    MINI = "mini"
+    PRINCIPAL = "principal"
+    MINOR = "minor"
+    RANDOM = "random"
+
+
+class GoatScale(StrEnum):
+    """What GOAT's experts are multiplied by."""
+
+    THEORETICAL = "theoretical"
+    ALPHA = "alpha"
+
+
+class GoatScaleRank(StrEnum):
+    """Which rank GOAT's theoretical scale is of."""
+
+    EXPERT = "expert"
+    TOTAL = "total"
+
+
+class LoramPruning(StrEnum):
+    """What LoRAM leaves out of the base that it trains on: heads and channels, or single weights."""
+
+    STRUCTURED = "structured"
+    RANDOM = "random"
+    UNSTRUCTURED = "unstructured"
+    SEMI_STRUCTURED = "semi_structured"
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Tell whether weights go, and not heads and channels."""
+        return self in (LoramPruning.UNSTRUCTURED, LoramPruning.SEMI_STRUCTURED)
 
 
 class Schedule(StrEnum):
@@ -96,6 +137,61 @@ class S2ftSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class GoatSettings:
+    """GOAT's experts, their router and their scale.
+
+    Semantics: `rank` is of all `experts` of a Linear together and a multiple of their number; a token goes through
+    `top_k` of them. `eta` and `rank_for_scale` are for the theoretical scale, `alpha` for the other. `balance_loss` is
+    the coefficient of the sum over all modules. `target_modules` as of a LoRA.
+    """
+
+    rank: int = 8
+    experts: int = 8
+    top_k: int = 2
+    rho: float = 10.0
+    segments: GoatSegments = GoatSegments.HEAD
+    scale: GoatScale = GoatScale.THEORETICAL
+    eta: float = 1.0
+    rank_for_scale: GoatScaleRank = GoatScaleRank.EXPERT
+    alpha: float = 16.0
+    balance_loss: float = 1e-3
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoramAlignment:
+    """Training of the whole pruned base on plain text; `dataset` is a digest."""
+
+    dataset: str
+    steps: int = 100
+    learning_rate: float = 5e-5
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LoramSettings:
+    """A LoRA that is trained on a pruned copy of the base.
+
+    Semantics: `ratio` is of the heads and channels of each pruned layer, or of its weights, exactly; `layers` are
+    (first, end), None for all but the first four and the last two. `pattern` is (kept, of), None but for
+    SEMI_STRUCTURED. `same_cut_as` is an adapter as a request names it, whose cut is taken in the place of all these.
+    """
+
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    pruning: LoramPruning = LoramPruning.STRUCTURED
+    ratio: Fraction = Fraction(1, 2)
+    layers: tuple[int, int] | None = None
+    pattern: tuple[int, int] | None = None
+    same_cut_as: str | None = None
+    calibration_samples: int = 64
+    alignment: LoramAlignment | None = None
+
+
+Settings = LoraSettings | S2ftSettings | GoatSettings | LoramSettings
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizerSettings:
     """AdamW and its schedule.
 
@@ -133,7 +229,7 @@ class TrainingSpec:
     """
 
     method: TrainingMethod
-    settings: LoraSettings | S2ftSettings
+    settings: Settings
     dataset: str
     digest: str
     quantization: str | None = None
@@ -151,7 +247,9 @@ class TrainingSpec:
     @property
     def datasets(self) -> tuple[str, ...]:
         """Return the digest of every dataset that is read, once each."""
-        return tuple(dict.fromkeys(name for name in (self.dataset, self.gate.dataset) if name is not None))
+        alignment = self.settings.alignment if isinstance(self.settings, LoramSettings) else None
+        named = (self.dataset, self.gate.dataset, None if alignment is None else alignment.dataset)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:

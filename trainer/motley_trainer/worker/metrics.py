@@ -21,7 +21,7 @@ _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(?P<port>\d{
 
 
 class WorkerMetrics:
-    """All series of one worker; the gauges are of the job that it has, and 0 without one."""
+    """All series of one worker; the gauges are of the job that it has, and 0 or not there without one."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -45,6 +45,12 @@ class WorkerMetrics:
             "loss": gauge("loss", "Loss of that step"),
             "tokens_per_second": gauge("tokens_per_second", "Tokens trained a second"),
         }
+        self._expert_share = Gauge(
+            "motley_worker_expert_share",
+            "Share of the tokens that went through an expert",
+            ["module", "expert"],
+            registry=self.registry,
+        )
         self._memory = gauge("child_memory_bytes", "Resident memory of the job's process")
         self._lease_left = gauge("lease_seconds_left", "Time until the lease ends without a report")
 
@@ -56,6 +62,12 @@ class WorkerMetrics:
         """Show what a job told of itself."""
         for name, gauge in self._progress.items():
             gauge.set(float(progress.get(name) or 0))
+
+    def routed(self, report: Mapping[str, Any]) -> None:
+        """Show where tokens went since the report before."""
+        for module, of_module in report["modules"].items():
+            for expert, share in enumerate(of_module["shares"]):
+                self._expert_share.labels(module, str(expert)).set(share)
 
     def weighed(self, num_bytes: int) -> None:
         """Show the memory of the job's process."""
@@ -78,6 +90,7 @@ class WorkerMetrics:
         """Count a lease that ended, and show no job."""
         self._jobs.labels(method, state).inc()
         self.progressed({})
+        self._expert_share.clear()
         self.weighed(0)
         self._lease_left.set_function(lambda: 0.0)
 

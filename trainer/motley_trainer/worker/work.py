@@ -129,6 +129,8 @@ class Work:
         self._reporter.add(event)
         if event.kind == "progress":
             self._metrics.progressed(line["progress"])
+        elif event.kind == "routing":
+            self._metrics.routed(line["routing"])
         self._has_told_evaluation |= event.kind == "evaluation"
 
     def weighed(self, num_bytes: int) -> None:
@@ -140,7 +142,7 @@ class Work:
         self._reporter.add(told_event(event))
 
     async def _prepare(self, directory: JobDirectory, datasets: Mapping[str, Path]) -> None:
-        job, others = self._job, enumerate(self._job.disjoint_from)
+        job, others = self._job, enumerate(self._job.reads)
         missing = [digest for digest, path in datasets.items() if not path.exists()]
         # One that is there stays, though its name may mean another version now: the job began with it.
         adapters = [(index, name) for index, name in others if not directory.other_adapter(index).exists()]
