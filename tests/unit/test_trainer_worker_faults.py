@@ -17,7 +17,7 @@ from motley_trainer.worker.work import Work
 from motley_trainer.worker.workplace import Workplace
 from worker_house import WorkerHouse, worker_house
 
-NO_ROOM = OSError(28, "No space left on device", "/work/jobs/x")
+NO_ROOM = OSError(28, "No space left on device", "/jobs/x")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_without_room_on_disk_the_job_is_given_back_and_the_worker_holds_back_lo
     assert (job.state, other.state) == ("succeeded", "succeeded"), "no tenant's job pays for the worker's disk"
     given_back = ("JOB_STATE_QUEUED", "DISK_FULL")
     assert reasons(house) == [given_back] * 4 + [("JOB_STATE_SUCCEEDED", "")] * 2
-    assert all("/work/jobs/x" in one.message for one in endings(house)[:4])
+    assert all("/jobs/x" in one.message for one in endings(house)[:4])
     told = [record.args for record in caplog.records if "asks for no job" in record.getMessage()]
     assert told == [("DISK_FULL", seconds) for seconds in (0.02, 0.04, 0.05, 0.05)]
     assert house.value("faults_total", reason="DISK_FULL") == 4
@@ -78,7 +78,7 @@ def test_without_room_on_disk_the_job_is_given_back_and_the_worker_holds_back_lo
 def test_a_directory_that_cannot_be_made_fails_neither_the_job_nor_the_worker(
     house: WorkerHouse, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
 ) -> None:
-    failing(monkeypatch, Workplace, "job", OSError(number, "refused", "/work/jobs/x"), times=MAX_OF_ONE_JOB + 1)
+    failing(monkeypatch, Workplace, "job", OSError(number, "refused", "/jobs/x"), times=MAX_OF_ONE_JOB + 1)
     job = house.fake.add_job()
 
     house.work("passes")
