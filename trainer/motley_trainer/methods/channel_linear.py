@@ -13,22 +13,22 @@ import torch
 from motley_adapters.spec import Side
 from torch import Tensor, nn
 
+from motley_trainer.methods.adapted_linear import AdaptedLinear
 
-class ChannelLinear(nn.Module):
+
+class ChannelLinear(AdaptedLinear):
     """A Linear, and a trainable block on some of its channels.
 
     Semantics: with side "input", y = base(x) + x[channels] block^T; with side "output", y = base(x), to whose channels
-    x block^T is added. While `is_on` is false, the base alone.
+    x block^T is added.
     Shapes: channels [S] int64, ascending; block [O, S] on the input side, [S, I] on the output side, float32.
     """
 
     channels: Tensor
 
     def __init__(self, base: nn.Linear, side: Side, channels: Tensor) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.side = side
-        self.is_on = True
         device = base.weight.device
         self.register_buffer("channels", channels.to(device, torch.long), persistent=False)
         width = len(channels)
@@ -38,7 +38,7 @@ class ChannelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the Linear. Shapes: x [..., I]; returns [..., O] in the base's dtype."""
         y: Tensor = self.base(x)
-        if not self.is_on:
+        if not self.is_enabled:
             return y
         if self.side == "input":
             added_to: Tensor = _AddColumns.apply(x, y, self.block, self.channels)  # type: ignore[no-untyped-call]

@@ -8,8 +8,8 @@ Source: GOAT, arXiv:2502.16894, with its scale in the text's form and padding le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from motley_trainer.data.batches import Batch
+from motley_trainer.methods.adapted_linear import disabled
 from motley_trainer.methods.goat_linear import GoatLinear
 from motley_trainer.methods.goat_routing import balance_loss, count_picks, tokens_of
 from motley_trainer.methods.goat_start import (
@@ -182,18 +183,9 @@ class AttachedGoat:
             "expert_shares": self._shares(self._picks),
         }
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Make the model the base alone for a while."""
-        self._enable(False)
-        try:
-            yield
-        finally:
-            self._enable(True)
-
-    def _enable(self, is_enabled: bool) -> None:
-        for goat in self._adapted.values():
-            goat.is_enabled = is_enabled
+        return disabled(self._adapted.values())
 
     def _shares(self, picks: Tensor) -> dict[str, list[float]]:
         """Return the experts' shares of picks [M, E] by path, of the Linears that tokens went through."""

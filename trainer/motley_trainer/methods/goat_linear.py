@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from motley_trainer.methods.adapted_linear import AdaptedLinear
 from motley_trainer.methods.goat_routing import Routed, choose_experts
 
 
@@ -33,13 +34,12 @@ class Start:
     residual_b: Tensor
 
 
-class GoatLinear(nn.Module):
+class GoatLinear(AdaptedLinear):
     """A Linear, its experts and their residual.
 
     Semantics: y = base(x) + scale * sum over the top_k experts of share_e(x) B_e A_e drop_e(x)
     + residual_scaling * residual_b residual_a x. `drops` draws what dropout leaves out in training mode, for each
-    expert on its own. Where a token went in training mode is in `routed` until it is taken. While `is_enabled` is
-    false, the base alone.
+    expert on its own. Where a token went in training mode is in `routed` until it is taken.
     """
 
     residual_a: Tensor
@@ -56,12 +56,10 @@ class GoatLinear(nn.Module):
         dropout: float = 0.0,
         drops: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.top_k = top_k
         self.scale = scale
         self.dropout = dropout
-        self.is_enabled = True
         self._residual_scaling = residual_scaling
         self._drops = drops
         self._routed: Routed | None = None
@@ -71,17 +69,6 @@ class GoatLinear(nn.Module):
         self.router = nn.Parameter(start.router.to(device))
         self.register_buffer("residual_a", start.residual_a.to(device), persistent=False)
         self.register_buffer("residual_b", start.residual_b.to(device), persistent=False)
-        self.train(base.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the base's weight: modelling code looks at its dtype and device."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Return the base's bias."""
-        return cast("Tensor | None", self.base.bias)
 
     @property
     def num_experts(self) -> int:

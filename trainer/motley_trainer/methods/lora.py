@@ -8,8 +8,8 @@ Source: LoRA, arXiv:2106.09685; rank-stabilized LoRA, arXiv:2312.03732; QLoRA, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from motley_trainer.data.batches import Batch
+from motley_trainer.methods.adapted_linear import disabled
 from motley_trainer.methods.lora_linear import LoraLinear
 from motley_trainer.methods.method import Context
 from motley_trainer.methods.targets import check_rank, longest_key, named_linears, refuse_idle
@@ -108,18 +109,9 @@ class AttachedLora:
         num_parameters = sum(factor.numel() for factor in self.parameters.values())
         return {"num_trained_parameters": num_parameters, "num_modules": len(self._adapted)}
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Make the model the base alone for a while."""
-        self._enable(False)
-        try:
-            yield
-        finally:
-            self._enable(True)
-
-    def _enable(self, is_enabled: bool) -> None:
-        for lora in self._adapted.values():
-            lora.is_enabled = is_enabled
+        return disabled(self._adapted.values())
 
 
 def resolve_targets(settings: LoraSettings, spec: BaseSpec) -> dict[str, Target]:

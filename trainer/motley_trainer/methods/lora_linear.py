@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from motley_trainer.methods.adapted_linear import AdaptedLinear
 
-class LoraLinear(nn.Module):
+
+class LoraLinear(AdaptedLinear):
     """A Linear and its delta: base(x) + scaling * B (A dropout(x)).
 
     Shapes: lora_a [R, I], lora_b [O, R], float32 on the base's device; B starts at zero, and so does the delta.
@@ -32,28 +34,15 @@ class LoraLinear(nn.Module):
         dropout: float = 0.0,
         drops: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.scaling = scaling
         self.dropout = dropout
-        self.is_enabled = True
         self._drops = drops
         a = torch.empty(rank, base.in_features, device=initial.device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=initial)
         device = base.weight.device
         self.lora_a = nn.Parameter(a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.train(base.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the base's weight: modelling code looks at its dtype and device."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Return the base's bias."""
-        return cast("Tensor | None", self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base's outputs and the delta's. Shapes: x [..., I]; returns [..., O]."""

@@ -7,8 +7,8 @@ Source: S2FT, arXiv:2412.06289.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from motley_trainer.data.batches import Batch
 from motley_trainer.errors import SettingsError
+from motley_trainer.methods.adapted_linear import disabled
 from motley_trainer.methods.channel_linear import ChannelLinear
 from motley_trainer.methods.method import Context
 from motley_trainer.methods.s2ft_scores import score_sites
@@ -154,16 +155,9 @@ class AttachedChannels:
                 shares[place.value] = chosen / total
         return shares
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Let the base answer alone."""
-        for linear in self._linears.values():
-            linear.is_on = False
-        try:
-            yield
-        finally:
-            for linear in self._linears.values():
-                linear.is_on = True
+    def disabled(self) -> AbstractContextManager[None]:
+        """Make the model the base alone for a while."""
+        return disabled(self._linears.values())
 
 
 def _claimed(context: Context, names: Sequence[str]) -> dict[tuple[str, str], frozenset[int]]:
