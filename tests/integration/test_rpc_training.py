@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from adapter_calls import key_of, refused
-from google.protobuf.duration_pb2 import Duration
+from job_watching import being_watched, events_of, progress, states
 from motley.v1 import tenant_pb2, training_pb2
 from motley_server.rpc.training_sizes import least_adapter_bytes
-from rpc_harness import Shell, eventually, make_base, serving
+from rpc_harness import Shell, make_base, serving
 from training_calls import (
     DATA,
     FINGERPRINT,
@@ -37,44 +35,6 @@ from training_calls import (
 Code = grpc.StatusCode
 pb = training_pb2
 OTHER = samples(seed=1)
-
-
-def watch(shell: Shell, id: str, after: int = 0, **options: Any) -> Any:
-    return shell.jobs.WatchTrainingJob(pb.WatchTrainingJobRequest(id=id, after_sequence=after), **options)
-
-
-async def events_of(shell: Shell, id: str, after: int = 0, **options: Any) -> list[pb.JobEvent]:
-    """Watch a job to its end."""
-    return [answer.event async for answer in watch(shell, id, after, **options)]
-
-
-@asynccontextmanager
-async def being_watched(shell: Shell, id: str, after: int = 0) -> AsyncIterator[list[pb.JobEvent]]:
-    """Watch a job to its end beside a block, which sees what has come; at the block's end, so must have the end."""
-    seen: list[pb.JobEvent] = []
-
-    async def read() -> None:
-        async for answer in watch(shell, id, after):
-            seen.append(answer.event)
-
-    reading = asyncio.create_task(read())
-    await eventually(lambda: shell.training.job_desk.num_waiting > 0)
-    yield seen
-    async with asyncio.timeout(5):
-        await reading
-
-
-def states(events: list[pb.JobEvent]) -> list[str]:
-    return [pb.JobState.Name(one.state_change.state) for one in events if one.HasField("state_change")]
-
-
-def progress(step: int, loss: float = 2.0) -> pb.JobEvent:
-    remaining = Duration(seconds=12, nanos=500_000_000)
-    told = pb.TrainingProgress(
-        step=step, num_steps=100, loss=loss, learning_rate=1e-4, gradient_norm=0.5, tokens_per_second=900.5,
-        remaining=remaining, memory_bytes=1 << 33,
-    )  # fmt: skip
-    return pb.JobEvent(progress=told)
 
 
 def test_a_job_is_queued_as_it_was_asked_for() -> None:

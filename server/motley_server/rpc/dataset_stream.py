@@ -9,12 +9,11 @@ from collections.abc import AsyncIterator
 
 from motley.v1 import training_pb2
 
-from motley_server.errors import InvalidArgumentError
 from motley_server.registry.dataset_records import DatasetRecord
 from motley_server.rpc.call import set_subject
 from motley_server.rpc.fields import naming
-from motley_server.rpc.wire_checks import check_message
-from motley_server.training.datasets import AskedDataset, DatasetDesk, OpenDataset
+from motley_server.rpc.stream_parts import read_chunks, read_header
+from motley_server.training.datasets import AskedDataset, DatasetDesk
 
 Messages = AsyncIterator[training_pb2.UploadDatasetRequest]
 
@@ -28,38 +27,17 @@ async def receive_dataset(desk: DatasetDesk, messages: Messages, owner: str) -> 
     Semantics: what has arrived is safe on disk when this ends, however it ends.
     Raises: InvalidArgumentError (reason=HEADER_EXPECTED, CHUNK_EXPECTED or UPLOAD_UNFINISHED), and what the desk does.
     """
-    header = await _header(messages)
+    header = await read_header(messages, "a dataset")
     set_subject(header)
     with naming("header", _HEADER_FIELDS):
         upload = await desk.open(AskedDataset(owner, header.digest, header.size_bytes, header.display_name))
     if isinstance(upload, DatasetRecord):
         return upload
     try:
-        await _take_chunks(upload, messages)
+        async for chunk in read_chunks(messages, "a dataset"):
+            with naming("chunk", _CHUNK_FIELDS):
+                await upload.append(chunk.offset, chunk.data)
         with naming("header", _HEADER_FIELDS):
             return await upload.finish()
     finally:
         await upload.close()
-
-
-async def _header(messages: Messages) -> training_pb2.DatasetHeader:
-    first = await anext(messages, None)
-    check_message(first)
-    if first is None or first.WhichOneof("payload") != "header":
-        raise InvalidArgumentError("a dataset begins with its header", reason="HEADER_EXPECTED", field="header")
-    return first.header
-
-
-async def _take_chunks(upload: OpenDataset, messages: Messages) -> None:
-    async for message in messages:
-        check_message(message)
-        match message.WhichOneof("payload"):
-            case "chunk":
-                with naming("chunk", _CHUNK_FIELDS):
-                    await upload.append(message.chunk.offset, message.chunk.data)
-            case "finish":
-                return
-            case _:
-                text = "after its header a dataset has chunks, and then its finish"
-                raise InvalidArgumentError(text, reason="CHUNK_EXPECTED", field="chunk")
-    raise InvalidArgumentError("the stream ended without its finish", reason="UPLOAD_UNFINISHED", field="finish")

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from motley.v1 import adapter_pb2
 
 from motley_server.asked import Caller
-from motley_server.errors import InvalidArgumentError
 from motley_server.library.publishing import AskedUpload, Publisher
-from motley_server.library.uploads import OpenUpload, UploadDesk
+from motley_server.library.uploads import UploadDesk
 from motley_server.registry.adapters import Guard
 from motley_server.registry.ownership import adapter_not_found
 from motley_server.registry.records import AdapterVersion, Quota
 from motley_server.rpc.call import set_subject
 from motley_server.rpc.convert_adapters import upload_from
 from motley_server.rpc.fields import naming
-from motley_server.rpc.wire_checks import check_message
+from motley_server.rpc.stream_parts import read_chunks, read_header
 
 Messages = AsyncIterator[adapter_pb2.UploadAdapterRequest]
 Owned = Callable[[str, str], tuple[str, str, str]]
@@ -45,7 +44,7 @@ async def receive_upload(desk: UploadDesk, messages: Messages, caller: Caller, t
     Semantics: what has arrived is safe on disk when this ends, however it ends.
     Raises: InvalidArgumentError (reason=HEADER_EXPECTED, CHUNK_EXPECTED or UPLOAD_UNFINISHED), and what the desk does.
     """
-    header = await _header(messages)
+    header = await read_header(messages, "an upload")
     set_subject(header)
     acting, owner, name = terms.owned(header.adapter_name, "header.adapter_name")
     if owner != acting:
@@ -58,31 +57,10 @@ async def receive_upload(desk: UploadDesk, messages: Messages, caller: Caller, t
     if isinstance(upload, AdapterVersion):
         return upload
     try:
-        await _take_chunks(upload, messages)
+        async for chunk in read_chunks(messages, "an upload"):
+            with naming("chunk", _CHUNK_FIELDS):
+                await upload.append(chunk.file, chunk.offset, chunk.data)
         with naming("header", _HEADER_FIELDS):
             return await upload.finish()
     finally:
         await upload.close()
-
-
-async def _header(messages: Messages) -> adapter_pb2.UploadHeader:
-    first = await anext(messages, None)
-    check_message(first)
-    if first is None or first.WhichOneof("payload") != "header":
-        raise InvalidArgumentError("an upload begins with its header", reason="HEADER_EXPECTED", field="header")
-    return first.header
-
-
-async def _take_chunks(upload: OpenUpload, messages: Messages) -> None:
-    async for message in messages:
-        check_message(message)
-        match message.WhichOneof("payload"):
-            case "chunk":
-                with naming("chunk", _CHUNK_FIELDS):
-                    await upload.append(message.chunk.file, message.chunk.offset, message.chunk.data)
-            case "finish":
-                return
-            case _:
-                text = "after its header an upload has chunks, and then its finish"
-                raise InvalidArgumentError(text, reason="CHUNK_EXPECTED", field="chunk")
-    raise InvalidArgumentError("the stream ended without its finish", reason="UPLOAD_UNFINISHED", field="finish")
