@@ -1,5 +1,7 @@
 """A job's process without a model, by the contract of `python -m motley_trainer.job.run`: `fake_job.py MODE DIRECTORY`.
 
+It makes an adapter, and by the method LoQT a base.
+
 MODE says what becomes of it: `passes`, `rejects`, `fails`, `mumbles` why it failed, `dies` (each time, after a
 checkpoint), `dies-once`, `crashes` (with a traceback, at exit code 1), `babbles` lines that mean nothing before it
 passes, `hurries` through a thousand steps, `waits` for SIGTERM and passes the next time, `lingers` before it obeys
@@ -40,13 +42,27 @@ def result(passed: bool) -> None:
     """Come to a result."""
     evaluation = {"num_samples": 4, "loss_before": 2.0, "loss_after": 1.0 if passed else 3.0}
     say(evaluation=evaluation)
-    adapter = DIR / "adapter"
-    adapter.mkdir(exist_ok=True)
-    (adapter / "adapter_config.json").write_text('{"r": 8}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights" * 1000)
     reason = "" if passed else "GATE_NOT_PASSED"
     content = {"digest": "sha256:1", "evaluation": evaluation, "passed": passed, "reason": reason, "message": ""}
+    if json.loads((DIR / "job.json").read_text())["spec"]["method"] == "TRAINING_METHOD_LOQT":
+        content |= make_base()
+    else:
+        adapter = DIR / "adapter"
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text('{"r": 8}')
+        (adapter / "adapter_model.safetensors").write_bytes(b"weights" * 1000)
     (DIR / "result.json").write_text(json.dumps(content))
+
+
+def make_base() -> dict[str, object]:
+    """Leave a base, and return what the result says of it."""
+    base, fingerprint = DIR / "base", f"sha256:{'1' * 64}"
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights" * 1000)
+    (base / "loqt_manifest.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    facts = {"directory": str(base), "original_fingerprint": None, "num_merges": 2, "size_bytes": 7002}
+    return {"digest": fingerprint, "base": {"fingerprint": fingerprint, **facts}}
 
 
 def babble() -> None:

@@ -2,7 +2,7 @@
 
 A job that is created goes through its life at once, in a thread: it is told of, and then its adapter answers like any
 other. `mode` makes it go otherwise: it `fails`, is `rejected`, `hangs` in its steps, publishes `another` digest than
-what is served, has requests `refused` meanwhile, or makes the server `forget` the skill rotate.
+what is served, has requests `refused` meanwhile, or makes the server `forget` the skill next.
 """
 
 # ruff: noqa: N802 (the methods are named by the services)
@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any
 
 import grpc
-from fake_motley_server import FakeServer, digest_of
+from fake_motley_server import KINDS, FakeServer, digest_of
 from fake_service import refusal
 from fake_training_service import FakeTrainingService
 from google.protobuf.duration_pb2 import Duration
@@ -30,7 +30,7 @@ from motley.v1.training_pb2_grpc import (
     add_WorkerServiceServicer_to_server,
 )
 
-ADAPTER = "unvowel"
+FIRST = "unvowel"  # of the adapters that the demo has trained
 STEPS = 30
 PASS_SECONDS = 0.15  # that the steps take, so that a few requests come meanwhile
 
@@ -79,8 +79,9 @@ class TrainingLife(FakeTrainingService, WorkerServiceServicer):
         self.happen(job.id, _change(training_pb2.JOB_STATE_RUNNING))
         self.happen(job.id, training_pb2.JobEvent(stage="training"), _progress(10, 4.5))
         self.happen(job.id, training_pb2.JobEvent(stage="still training"))
-        self._server.refused = 2 if self._mode == "refused" else 0
-        self._server.forgotten = "rotate" if self._mode == "forgets" else ""
+        is_first = job.spec.publish.adapter_name == FIRST
+        self._server.refused = 2 if self._mode == "refused" and is_first else 0
+        self._server.forgotten = "next" if self._mode == "forgets" else ""
         time.sleep(PASS_SECONDS)
         if self._mode == "hangs":
             return
@@ -93,7 +94,7 @@ class TrainingLife(FakeTrainingService, WorkerServiceServicer):
         if self._mode == "rejected":
             self.happen(job.id, _change(training_pb2.JOB_STATE_REJECTED, "GATE_NOT_PASSED", "too little is right"))
             return
-        self.happen(job.id, training_pb2.JobEvent(published=self._version()))
+        self.happen(job.id, training_pb2.JobEvent(published=self._version(job.spec.publish.adapter_name)))
         self.happen(job.id, _change(training_pb2.JOB_STATE_SUCCEEDED))
 
     def _evaluation(self) -> training_pb2.JobEvent:
@@ -103,9 +104,10 @@ class TrainingLife(FakeTrainingService, WorkerServiceServicer):
         )
         return training_pb2.JobEvent(evaluation=found)
 
-    def _version(self) -> adapter_pb2.AdapterVersion:
-        digest = digest_of("another" if self._mode == "another" else ADAPTER)
-        version = adapter_pb2.AdapterVersion(name=ADAPTER, version=1, digest=digest, kind=adapter_pb2.ADAPTER_KIND_S2FT)
+    def _version(self, name: str) -> adapter_pb2.AdapterVersion:
+        digest = digest_of("another" if (self._mode, name) == ("another", FIRST) else name)
+        kind = adapter_pb2.AdapterKind.Value(f"ADAPTER_KIND_{KINDS[name].upper()}")
+        version = adapter_pb2.AdapterVersion(name=name, version=1, digest=digest, kind=kind)
         version.create_time.FromSeconds(self.now())
         return version
 

@@ -180,7 +180,7 @@ class FakeTrainingService(FakeService, TrainingServiceServicer):
                     job.state, job.reason, job.message = change.state, change.reason, change.message
                 elif kind == "published":
                     job.version.CopyFrom(event.published)
-                elif kind in ("progress", "data", "evaluation"):
+                elif kind in ("progress", "data", "evaluation", "base"):
                     getattr(job, kind).CopyFrom(getattr(event, kind))
             self._happened.notify_all()
 

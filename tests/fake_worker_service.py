@@ -79,6 +79,12 @@ class FakeWorkerService(FakeService, WorkerServiceServicer):
         self.datasets[digest] = data
         return digest
 
+    def add_base_job(self) -> FakeJob:
+        """Queue a job that makes a base."""
+        job = self.add_job(method=training_pb2.TRAINING_METHOD_LOQT)
+        job.spec.ClearField("publish")
+        return job
+
     def add_job(self, data: bytes = b'{"text": "x"}\n', **fields: Any) -> FakeJob:
         """Queue a job on a dataset, published as `legal` unless its spec says otherwise."""
         spec = training_pb2.TrainingSpec(method=training_pb2.TRAINING_METHOD_LORA, dataset=self.add_dataset(data))
@@ -197,6 +203,10 @@ class FakeWorkerService(FakeService, WorkerServiceServicer):
     ) -> list[training_pb2.JobEvent]:
         """Look up what a job has become, if it ends well."""
         if request.ending.state != training_pb2.JOB_STATE_SUCCEEDED:
+            return []
+        if job.spec.method == training_pb2.TRAINING_METHOD_LOQT:
+            if not any(event.HasField("base") for event in (*job.events, *request.events)):
+                self.abort(context, refusal(grpc.StatusCode.FAILED_PRECONDITION, "NO_BASE_MADE", "ending.state"))
             return []
         version = self.adapters.finished.get(f"upload-of-{job.id}")
         if version is None or version not in self.adapters.versions.get(version.name, ()):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from motley_server.errors import MotleyError
@@ -84,10 +85,11 @@ class Training:
         quota: Quota = NO_LIMITS,
         marks: Sequence[str] = (),
         request_id: str = "",
-        **other: str,
+        **other: str | None,
     ) -> JobRecord:
         """Queue a job, which differs from others in what is said here alone."""
-        said = {"method": "lora", "adapter_name": "taught", "base_fingerprint": BASE, "spec": "{}", "created_by": "key"}
+        said: dict[str, Any] = {"method": "lora", "adapter_name": "taught", "base_fingerprint": BASE}
+        said |= {"spec": "{}", "created_by": "key"}
         digests = tuple(digest_of(mark) for mark in marks)
         new = NewJob(owner=owner, datasets=digests, reads=("public/other",), **said | other)
         return self.jobs.create(new, quota, request_id=request_id, scope=owner)

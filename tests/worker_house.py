@@ -13,6 +13,7 @@ from pathlib import Path
 from fake_adapter_service import FakeAdapterService
 from fake_worker_service import BASE, FakeWorkerService, serving_workers
 from motley_client.endpoint import Endpoint
+from motley_trainer.worker.made_bases import MadeBases
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.settings import Timings, WorkerBase, WorkerSettings
 from motley_trainer.worker.stopping import Stop
@@ -50,6 +51,7 @@ class WorkerHouse:
     address: str
     directory: Path
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
+    bases: Path | None = None
 
     def settings(self, mode: str, **changes: object) -> WorkerSettings:
         """Return settings of a worker whose jobs behave so."""
@@ -66,7 +68,8 @@ class WorkerHouse:
         all_steps = steps or (self.is_idle,)
 
         async def run() -> None:
-            with Workplace(self.directory) as workplace:
+            bases = None if self.bases is None else MadeBases(self.bases)
+            with Workplace(self.directory, bases) as workplace:
                 worker = Worker(settings, Endpoint(self.address, KEY), workplace, self.metrics, stop)
                 running = asyncio.create_task(worker.run())
                 for step in all_steps:

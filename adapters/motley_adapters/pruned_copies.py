@@ -44,7 +44,8 @@ def recover_adapter(
 ) -> str:
     """Scatter a LoRA of a pruned copy to the original, zeros where channels were pruned, and return its digest.
 
-    Semantics: what is written is of the kind `loram`: trained on the copy, served on the original.
+    Semantics: what is written is of the kind `loram`: trained on the copy, served on the original. The manifest lies
+    beside it, for whoever trains on a copy that is cut alike.
     Raises: UnreadableBaseError for another base's manifest; AdapterMismatchError with reason BASE_MISMATCH for another
     copy's, and for an adapter that was trained on the original and restricted; AdapterFormatError with reason
     UNSUPPORTED_KIND if it is no LoRA; otherwise as `read_adapter` does over `trained`.
@@ -61,7 +62,7 @@ def recover_adapter(
         directory,
         original,
         trained_on=pruned.fingerprint,
-        prune_manifest=manifest.digest,
+        prune_manifest=loram.write_cut(directory, manifest),
         provenance={"recovered_from": spec.digest, **_declared_by(spec)},
     )
 

@@ -105,10 +105,14 @@ class PruneManifest:
                 raise broken(f"layers[{layer}]", "is pruned, and protected as well")
 
     @property
+    def content(self) -> bytes:
+        """Return it in the one form whose bytes have the digest: JSON, keys in order, no spaces."""
+        return json.dumps(_to_json(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @property
     def digest(self) -> str:
-        """Return what an adapter that was trained on this copy names: "sha256:..." over the manifest's content."""
-        content = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
-        return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+        """Return what an adapter that was trained on this copy names: "sha256:..." over the content."""
+        return f"sha256:{hashlib.sha256(self.content).hexdigest()}"
 
 
 def read_prune_manifest(directory: Path) -> PruneManifest:

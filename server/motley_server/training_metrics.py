@@ -9,7 +9,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-METHODS: Final = ("lora", "s2ft", "goat", "loram")
+METHODS: Final = ("lora", "s2ft", "goat", "loram", "loqt")
 ENDS: Final = ("succeeded", "rejected", "failed", "cancelled")
 WAIT_BUCKETS: Final = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 

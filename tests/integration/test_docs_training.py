@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import shlex
 import warnings
 from collections.abc import AsyncIterator, Sequence
@@ -46,13 +47,15 @@ DIVERGING = (
 class Seen:
     """What was printed, job by job, and what the server had at the end; `folder` is the reader's.
 
-    Semantics: `jobs` are those that `show --json` shows, by adapter, that of the page's Python by its version.
+    Semantics: `told` is what the commands for GOAT and LoRAM print, in the page's order. `jobs` are those that
+    `show --json` shows, by adapter, that of the page's Python by its version.
     """
 
     folder: Path
     submitted: list[str]
     asked: list[str]
     looked: list[str]
+    told: list[list[str]]
     scripted: list[str]
     diverged: list[str]
     jobs: dict[str, dict[str, Any]]
@@ -71,10 +74,11 @@ async def worker(command: str, folder: Path, *more: str) -> AsyncIterator[None]:
 
 async def read(page: str, folder: Path) -> Seen:
     """Do what the page says, in its order, and then what every reader could do next."""
-    make_data, from_python = blocks(page, "python")
-    (folder / "data.py").write_text(make_data, encoding="utf-8")
+    make_data, make_text, from_python = blocks(page, "python")
+    for name, script in (("data.py", make_data), ("text.py", make_text)):
+        (folder / name).write_text(script, encoding="utf-8")
     serve, work = blocks(page, "text")[0].splitlines()
-    submit, ask, look = blocks(page, "bash")
+    submit, ask, look, *by_methods = blocks(page, "bash")
     data = ["--data-dir", str(folder / "data"), "--dtype", "float32"]
     second = folder / "second"
     second.mkdir()
@@ -86,11 +90,13 @@ async def read(page: str, folder: Path) -> Seen:
             asked = await run(ask, folder, server.address)
             looked = await run(look, folder, server.address)
             (folder / "client.py").write_text(from_python.replace("127.0.0.1:8470", server.address), encoding="utf-8")
+            await run("python text.py", folder, server.address)
             async with worker(work, second, *at, "--name", "second"):
-                scripted, _, diverged = await asyncio.gather(
+                scripted, _, diverged, *told = await asyncio.gather(
                     run("python client.py", folder, server.address),
                     run(S2FT, folder, server.address),
                     run(DIVERGING, folder, server.address, status=5),
+                    *(run(script, folder, server.address) for script in by_methods),
                 )
             jobs = await jobs_by_adapter(folder, server.address)
             manifests, scores = {}, {}
@@ -99,7 +105,7 @@ async def read(page: str, folder: Path) -> Seen:
                 await client.download_adapter(name, target)
                 manifests[name] = json.loads((target / "motley_manifest.json").read_text())
                 scores[name] = [await client.score(f"motto: {word} =", ANSWERS, adapters=[name]) for word in WORDS]
-    return Seen(folder, submitted, asked, looked, scripted, diverged, jobs, manifests, scores)
+    return Seen(folder, submitted, asked, looked, told, scripted, diverged, jobs, manifests, scores)
 
 
 async def jobs_by_adapter(folder: Path, address: str) -> dict[str, dict[str, Any]]:
@@ -184,6 +190,26 @@ def logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[f
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
     return torch.log_softmax(logits, -1)[range(len(answer)), list(answer)].tolist()
+
+
+def test_the_commands_for_goat_and_loram_train_adapters_of_their_kinds(seen: Seen) -> None:
+    names = ("motto-goat", "motto-small", "motto-smaller")
+    jobs = [seen.jobs[f"{name}@1"] for name in names]
+    assert [job["version"]["kind"] for job in jobs] == ["goat", "loram", "loram"]
+    assert [lines[0] for lines in seen.told] == [job["id"] for job in jobs]
+    assert [lines[-1].split("  ", 1)[1] for lines in seen.told] == ["succeeded"] * 3
+    assert [job["spec"].get("quantization") for job in jobs] == [None, None, "nf4"]
+    assert ["pruning" in " ".join(lines) for lines in seen.told] == [False, True, True]
+    assert ["aligning" in " ".join(lines) for lines in seen.told] == [False, False, True]
+
+
+def test_the_line_on_routing_is_one_that_such_a_job_tells(seen: Seen) -> None:
+    _, shown, *_ = blocks(PAGE, "text")
+    told = [line.split("  ", 1)[1] for line in seen.told[0] if "routing:" in line]
+    figure = re.compile(r"\d+\.\d%(?! *$)")  # but what is even, which follows from the number of experts
+    assert told
+    assert {figure.sub("X", line) for line in told} == {figure.sub("X", shown.strip())}
+    assert shown.strip().endswith("over 56 modules; even is 25.0%")
 
 
 def test_samples_that_are_too_long_are_cut_and_counted(seen: Seen) -> None:

@@ -48,6 +48,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def stages(events: Events) -> list[str]:
+    return [event["stage"] for event in events if "stage" in event]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Events]:
     folder, events = job(tmp_path_factory.mktemp("undisturbed")), []  # type: ignore[var-annotated]
@@ -86,6 +90,21 @@ def test_a_job_that_is_stopped_and_begun_again_gives_the_same_bytes(
         run(tmp_path, events.append, lambda: any("progress" in event for event in events))
     assert run(tmp_path, lambda event: None) == undisturbed[1]
     assert files(tmp_path / "adapter") == files(undisturbed[0] / "adapter")
+
+
+def test_a_job_tells_how_many_spectra_it_has_taken_and_can_be_stopped_between_them(
+    tmp_path: Path, undisturbed: tuple[Path, Result, Events], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [f"taking spectra: {done} of {8 * len(MODULES)}" for done in range(8 * len(MODULES))]
+    assert [stage for stage in stages(undisturbed[2]) if "spectra" in stage] == told[:1], "it was a moment's work"
+    events: Events = []
+    with pytest.raises(JobCancelledError):
+        run(job(tmp_path), events.append, lambda: told[0] in stages(events))
+    assert stages(events)[-1] == told[0]
+    assert not any("progress" in event for event in events)
+    monkeypatch.setattr("motley_trainer.job.reporting.SECONDS_BETWEEN_STAGES", 0.0)
+    assert run(tmp_path, events.append) == undisturbed[1]
+    assert [stage for stage in stages(events) if "spectra" in stage] == told[:1] + told
 
 
 def test_what_is_measured_after_is_what_the_server_says(undisturbed: tuple[Path, Result, Events], served: Base) -> None:

@@ -26,6 +26,7 @@ from motley_bases.prune_manifest import read_prune_manifest
 from motley_bases.pruned import decoder_shape
 from motley_bases.stored_spec import read_spec
 from motley_server.rpc.training_sizes import least_adapter_bytes
+from motley_trainer.bases.carry import recover_directory
 from motley_trainer.data.training_data import read_data
 from motley_trainer.errors import TrainerError
 from motley_trainer.job.base import load_job_base
@@ -36,6 +37,7 @@ from motley_trainer.methods.loram import Loram
 from motley_trainer.methods.loram_copy import PrunedCopy
 from motley_trainer.methods.method import Context
 from peft import PeftModel
+from peft_adapters import make_adapter
 from pruned_bases import load, zero_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -290,6 +292,14 @@ def test_the_cut_of_another_adapter_is_made_again(structured: Done, tmp_path: Pa
     assert done.manifest["trained_on"] == structured.manifest["trained_on"]
     assert (done.adapter / CUT_FILE).read_bytes() == (structured.adapter / CUT_FILE).read_bytes()
     assert done.result.digest != structured.result.digest
+
+
+def test_the_cut_of_a_lora_that_was_recovered_elsewhere_is_made_again(structured: Done, tmp_path: Path) -> None:
+    make_adapter(structured.copy, tmp_path / "lora", seed=1)
+    recover_directory(tmp_path / "lora", str(structured.base), str(structured.copy), tmp_path / "recovered")
+    with_adapter(tmp_path / "job", tmp_path / "recovered")
+    done = do(tmp_path / "job", structured.base, same_cut_as="other", seed="8", steps=1)
+    assert done.manifest["trained_on"] == structured.manifest["trained_on"]
 
 
 def test_a_cut_cannot_be_that_of_another_kind_or_base(structured: Done, tmp_path: Path) -> None:

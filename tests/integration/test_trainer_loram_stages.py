@@ -22,8 +22,7 @@ from motley_bases.pruned_geometry import DecoderShape, PruneRule, num_parameters
 from motley_bases.quantization import linear_bytes
 from motley_bases.stored_spec import read_spec
 from motley_trainer.errors import CheckpointError
-from motley_trainer.job import loram_copy
-from motley_trainer.job import run as job_run
+from motley_trainer.job import adapter_job, loram_copy
 from motley_trainer.job.reporting import JobCancelledError
 from motley_trainer.job.run import run
 from motley_trainer.pruning.loram_checks import prune_settings
@@ -210,14 +209,14 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int]]:
 
     def count(folder: Path) -> tuple[int, int]:
         found: list[tuple[int, int]] = []
-        real = job_run.train
+        real = adapter_job.train
 
         def watch(training: Any, *rest: Any) -> Any:
             found.append((held_bytes(training.model), num_models()))
             return real(training, *rest)
 
         with monkeypatch.context() as patched:
-            patched.setattr(job_run, "train", watch)
+            patched.setattr(adapter_job, "train", watch)
             ran(folder)
         return found[0]
 

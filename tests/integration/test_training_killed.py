@@ -12,9 +12,13 @@ from job_folders import reversals, write_dataset
 from mortal_training import MortalTraining, check_history, eventually, trained_undisturbed
 from motley_client import (
     ChannelScore,
+    GoatSettings,
     JobEvent,
     JobState,
+    LoramPruning,
+    LoramSettings,
     LoraSettings,
+    MethodSettings,
     OptimizerSettings,
     PublishSettings,
     S2ftSettings,
@@ -27,9 +31,11 @@ from motley_client import (
 SAMPLES = reversals(40)
 LEASE_SECONDS = 4.0
 NUM_INSTANTS = 5
-SETTINGS = {
+SETTINGS: dict[TrainingMethod, MethodSettings] = {
     TrainingMethod.LORA: LoraSettings(rank=4, dropout=0.1),
     TrainingMethod.S2FT: S2ftSettings(o_share=0.34, down_share=0.1, score=ChannelScore.GRADIENT),
+    TrainingMethod.GOAT: GoatSettings(rank=8, experts=4, target_modules=("q_proj", "down_proj")),
+    TrainingMethod.LORAM: LoramSettings(LoraSettings(rank=4), LoramPruning.STRUCTURED),
 }
 
 
@@ -94,7 +100,7 @@ def test_a_training_that_loses_its_process_its_worker_and_its_server_publishes_t
 
 @pytest.mark.soak
 @pytest.mark.parametrize("victim", ["job", "worker", "server"])
-@pytest.mark.parametrize("method", TrainingMethod)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_whatever_is_killed_at_random_instants_the_same_bytes_are_published_once(
     tmp_path: Path, method: TrainingMethod, victim: str
 ) -> None:

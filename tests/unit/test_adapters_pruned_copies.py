@@ -116,6 +116,13 @@ def test_a_recovered_adapter_does_on_the_original_what_it_did_on_the_copy(world:
     assert tokens != plain, "the adapter moves nothing"
 
 
+def test_a_recovered_adapter_has_beside_it_what_the_copy_kept(world: World, tmp_path: Path) -> None:
+    directory = recovered(world, tmp_path)
+    assert read_prune_manifest(directory) == world.manifest
+    declared = json.loads((directory / "motley_manifest.json").read_text())["loram"]
+    assert declared == {"recovered": True, "prune_manifest": world.manifest.digest}
+
+
 def test_recovery_and_restriction_are_inverse_bit_for_bit(world: World, tmp_path: Path) -> None:
     specs = {"original": world.original.spec, "pruned": world.pruned.spec}
     whole = recovered(world, tmp_path / "whole")

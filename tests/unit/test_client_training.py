@@ -98,6 +98,7 @@ def test_a_job_is_queued_as_it_was_asked_for(ask: Ask, fake: FakeTrainingService
         version=None,
         last_sequence=1,
         base_fingerprint=BASE_FINGERPRINT,
+        base=None,
     )
     assert hash(made) == hash(ask(address, "get_training_job", JOB))
 

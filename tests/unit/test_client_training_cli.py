@@ -215,6 +215,7 @@ def test_show_prints_all_that_is_known() -> None:
         "progress      step 10/30  loss 1.2500  lr 2.00e-04  grad norm 0.5  900 tokens/s  0:01:16 left  412 MiB",
         "evaluation    loss 2.0000 before, 0.5000 after; exact match 0.0% before, 90.0% after; 10 samples",
         f"published     legal@3 {DIGEST}",
+        "made",
     ]
     assert json.loads(lines[-1].removeprefix("spec"))["steps"] == 30
     assert "started" in told("show", JOB).splitlines(), "nothing is known of it yet"

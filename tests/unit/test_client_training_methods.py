@@ -8,13 +8,15 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
 from fake_training_service import FakeTrainingService, digest_of, serving_training
 from google.protobuf.message import Message
 from motley.v1 import training_pb2 as pb
-from motley_client.cli_train_flags import FACTORS, GOAT, LORA, LORAM, S2FT, TrainingFlags
+from motley_client import Client
+from motley_client.cli_train_flags import FACTORS, GOAT, LOQT, LORA, LORAM, RANK, S2FT, START, TrainingFlags
 from page_runs import blocks
 from training_words import DIGEST, told, train
 
@@ -28,7 +30,12 @@ GOAT_FLAGS = (
 ).split()
 LORAM_FLAGS = (
     "--rank 4 --alpha 8 --rslora --dropout 0.1 --target q_proj --pruning semi-structured --ratio 0.65 --layers 4:6 "
-    "--pattern 2:4 --same-cut-as legal@2 --align-steps 7 --align-learning-rate 1e-5 --align-batch-size 2"
+    "--pattern 2:4 --same-cut-as legal@2 --align-steps 7 --align-learning-rate 1e-5 --align-batch-size 2 "
+    "--align-by-loqt --align-rank 3"
+).split()
+LOQT_FLAGS = (
+    "--factor-scale 0.25 --merge-interval 9 --merge-schedule linear --growth 3 --compensation-steps 0 "
+    "--decomposition eigh --optimizer adamw-8bit --keep-moments"
 ).split()
 
 
@@ -38,6 +45,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTraini
     fake = FakeTrainingService()
     (tmp_path / "motto.jsonl").write_bytes(LINES)
     (tmp_path / "plain.jsonl").write_bytes(TEXT)
+    monkeypatch.setattr(Client, "info", lambda self: SimpleNamespace(base_model="tiny"))
     with serving_training(fake) as address:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -85,7 +93,24 @@ def loram_settings() -> pb.LoramSettings:
         layers="4:6",
         pattern="2:4",
         same_cut_as="legal@2",
-        alignment=pb.LoramAlignment(dataset=digest_of(TEXT), steps=7, learning_rate=1e-5, batch_size=2),
+        alignment=pb.LoramAlignment(
+            dataset=digest_of(TEXT), steps=7, learning_rate=1e-5, batch_size=2, loqt=loqt_settings(rank=3)
+        ),
+    )
+
+
+def loqt_settings(**other: Any) -> pb.LoqtSettings:
+    """Return what LOQT_FLAGS say."""
+    return pb.LoqtSettings(
+        scale=0.25,
+        merge_interval=9,
+        schedule=pb.LOQT_SCHEDULE_LINEAR,
+        growth=3,
+        compensation_steps=0,
+        decomposition=pb.LOQT_DECOMPOSITION_EIGH,
+        optimizer=pb.LOQT_OPTIMIZER_ADAMW_8BIT,
+        keep_moments=True,
+        **other,
     )
 
 
@@ -97,7 +122,7 @@ def test_goat_is_asked_for_as_its_flags_say(fake: FakeTrainingService) -> None:
 @pytest.mark.parametrize("by_digest", [False, True], ids=["file", "digest"])
 def test_loram_is_asked_for_as_its_flags_say(fake: FakeTrainingService, by_digest: bool) -> None:
     text = digest_of(TEXT) if by_digest else "plain.jsonl"
-    told("submit", "motto.jsonl", *USUAL, "loram", *LORAM_FLAGS, "--align-with", text)
+    told("submit", "motto.jsonl", *USUAL, "loram", *LORAM_FLAGS, *LOQT_FLAGS, "--align-with", text)
     assert asked(fake) == spec_with(loram=loram_settings())
     names = [one.display_name for one in fake.datasets.values()]
     assert names == (["motto.jsonl"] if by_digest else ["motto.jsonl", "plain.jsonl"])
@@ -112,25 +137,33 @@ def test_what_no_flag_says_is_left_open(fake: FakeTrainingService, method: str, 
 
 
 def test_every_setting_has_a_flag_but_for_patterns_and_samples() -> None:
-    said = {word for word in [*GOAT_FLAGS, *LORAM_FLAGS, "--align-with"] if word.startswith("--")}
+    words = [*GOAT_FLAGS, *LORAM_FLAGS, *LOQT_FLAGS, "--align-with", "--from"]
+    said = {word for word in words if word.startswith("--")}
     hints = get_type_hints(TrainingFlags, include_extras=True)
     ours = {
-        "--" + one.name.replace("_", "-")
+        "--from" if one.name == "start" else "--" + one.name.replace("_", "-")
         for one in fields(TrainingFlags)
-        if hints[one.name].__metadata__[0].rich_help_panel in (FACTORS, LORA, GOAT, LORAM)
+        if hints[one.name].__metadata__[0].rich_help_panel in (RANK, FACTORS, LORA, GOAT, LORAM, START, LOQT)
     }
     assert said == ours
-    assert {one.name for one, _ in goat_settings().ListFields()} == set(pb.GoatSettings.DESCRIPTOR.fields_by_name)
-    without = set(pb.LoramSettings.DESCRIPTOR.fields_by_name) - {one.name for one, _ in loram_settings().ListFields()}
-    assert without == {"calibration_samples"}
+    without = {"start", "rank"}
+    assert {one.name for one, _ in loqt_settings().ListFields()} == set(fields_of(pb.LoqtSettings)) - without
+    assert {one.name for one, _ in goat_settings().ListFields()} == set(fields_of(pb.GoatSettings))
+    left = set(fields_of(pb.LoramSettings)) - {one.name for one, _ in loram_settings().ListFields()}
+    assert left == {"calibration_samples"}
+
+
+def fields_of(kind: type[Message]) -> list[str]:
+    return [field.name for field in kind.DESCRIPTOR.fields]
 
 
 def test_each_methods_flags_have_a_panel_of_their_own_in_the_help() -> None:
     shown = train("submit", "--help").stdout
-    for panel, flag in ((GOAT, "--experts"), (LORAM, "--pruning"), (S2FT, "--o-share"), (LORA, "--rslora")):
-        begin = shown.index(f" {panel} ")
+    panels = {GOAT: "--experts", LORAM: "--pruning", S2FT: "--o-share", LORA: "--rslora", RANK: "--rank"}
+    for panel, flag in (panels | {START: "--from", LOQT: "--keep-moments"}).items():
+        begin = shown.index(f" {panel} ─")
         assert flag in shown[begin : shown.index("╰", begin)]
-    assert "goat|loram" in re.sub(r"[\s│]+", "", shown)
+    assert "goat|loram|loqt" in re.sub(r"[\s│]+", "", shown)
 
 
 SPEC = {"dataset": DIGEST, "publish": {"adapter_name": "mine"}}
@@ -148,10 +181,15 @@ THERE = SPEC | {"loram": {"alignment": {"dataset": DIGEST}}}
                     ["--balance-loss", "0"])),
                 (("lora", "s2ft", "goat"), (["--pruning", "random"], ["--ratio", "0"], ["--layers", "0:1"],
                     ["--pattern", "4:8"], ["--same-cut-as", "a"], ["--align-with", DIGEST], ["--align-steps", "0"],
-                    ["--align-learning-rate", "0"], ["--align-batch-size", "0"])),
+                    ["--align-learning-rate", "0"], ["--align-batch-size", "0"], ["--align-by-loqt"],
+                    ["--align-rank", "0"])),
+                (("lora", "s2ft", "goat"), (["--factor-scale", "0"], ["--merge-interval", "0"],
+                    ["--merge-schedule", "never"], ["--growth", "0"], ["--compensation-steps", "0"],
+                    ["--decomposition", "svd"], ["--optimizer", "adamw"], ["--keep-moments"])),
+                (("lora", "s2ft", "goat", "loram"), (["--from", "scratch"],)),
                 (("goat", "loram"), (["--o-share", "0"], ["--disjoint-from", "a"])),
                 (("goat", "s2ft"), (["--rslora"],)),
-                (("s2ft",), (["--dropout", "0"],)),
+                (("s2ft",), (["--dropout", "0"], ["--rank", "0"])),
             )
             for method in methods
             for flag in flags
@@ -160,6 +198,11 @@ THERE = SPEC | {"loram": {"alignment": {"dataset": DIGEST}}}
         ("loram", ["--pruning", "most"], "most"),
         ("loram", ["--align-steps", "1", "--align-batch-size", "2"],
          "--align-with, or leave out --align-steps and --align-batch-size"),
+        ("loram", ["--align-by-loqt"], "--align-with, or leave out --align-by-loqt"),
+        ("loram", ["--growth", "2"], "--align-by-loqt too, or leave out --growth"),
+        ("loram", ["--align-with", DIGEST, "--merge-interval", "2", "--keep-moments"],
+         "--align-by-loqt too, or leave out --merge-interval and --keep-moments"),
+        ("loram", ["--align-with", DIGEST, "--align-rank", "2"], "--align-by-loqt too, or leave out --align-rank"),
     ],
     ids=lambda value: " ".join(value).replace(DIGEST, "DIGEST") if isinstance(value, list) else "",
 )  # fmt: skip
@@ -213,10 +256,11 @@ def test_a_shown_spec_can_be_submitted_again(fake: FakeTrainingService, tmp_path
 
 
 def test_the_page_shows_commands_that_are_taken(fake: FakeTrainingService) -> None:
-    shown = [line for block in blocks("training.md", "text") for line in block.splitlines()]
+    blocks_shown = (*blocks("training.md", "bash"), *blocks("training.md", "text"))
+    shown = [line for block in blocks_shown for line in block.splitlines()]
     commands = [shlex.split(line)[2:] for line in shown if line.startswith("motley train submit ")]
     for number, command in enumerate(commands, 1):
         assert told(*(word for word in command if word != "--watch")) == f"job-{number:016x}\n"
     jobs = [job.spec for job in fake.jobs.values()]
-    assert {pb.TrainingMethod.Name(one.method) for one in jobs} >= {"TRAINING_METHOD_GOAT", "TRAINING_METHOD_LORAM"}
+    assert {one.method for one in jobs} >= set(pb.TrainingMethod.values()) - {0, pb.TRAINING_METHOD_S2FT}
     assert any(one.method == pb.TRAINING_METHOD_LORAM and one.quantization == "nf4" for one in jobs)

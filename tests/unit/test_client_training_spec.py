@@ -19,6 +19,11 @@ from motley_client import (
     GoatSettings,
     InvalidArgumentError,
     LearningRateSchedule,
+    LoqtDecomposition,
+    LoqtOptimizer,
+    LoqtSchedule,
+    LoqtSettings,
+    LoqtStart,
     LoramAlignment,
     LoramPruning,
     LoramSettings,
@@ -68,6 +73,18 @@ GOAT = GoatSettings(
     dropout=0.0,
     target_modules=("q_proj",),
 )
+LOQT = LoqtSettings(
+    start=LoqtStart.SCRATCH,
+    rank=16,
+    scale=0.25,
+    compensation_steps=0,
+    schedule=LoqtSchedule.LINEAR,
+    merge_interval=9,
+    growth=0.0,
+    decomposition=LoqtDecomposition.EIGH,
+    optimizer=LoqtOptimizer.ADAMW_8BIT,
+    keep_moments=True,
+)
 LORAM = LoramSettings(
     lora=LORA,
     pruning=LoramPruning.SEMI_STRUCTURED,
@@ -76,7 +93,7 @@ LORAM = LoramSettings(
     pattern="4:8",
     same_cut_as="legal@2",
     calibration_samples=7,
-    alignment=LoramAlignment(DIGEST, steps=9, learning_rate=1e-5, batch_size=2),
+    alignment=LoramAlignment(DIGEST, 9, 1e-5, 2, LoqtSettings(rank=3, schedule=LoqtSchedule.NEVER)),
 )
 WHOLE = TrainingSpec(
     dataset=DIGEST,
@@ -96,6 +113,7 @@ WHOLE = TrainingSpec(
 OPEN = TrainingSpec(dataset=DIGEST, settings=S2ftSettings(), publish=PublishSettings("legal"))
 GOAT_OPEN = dataclasses.replace(OPEN, settings=GoatSettings())
 LORAM_OPEN = dataclasses.replace(OPEN, settings=LoramSettings())
+LOQT_OPEN = dataclasses.replace(OPEN, settings=LoqtSettings(), publish=None)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +128,9 @@ LORAM_OPEN = dataclasses.replace(OPEN, settings=LoramSettings())
         LORAM_OPEN,
         dataclasses.replace(WHOLE, settings=GOAT),
         dataclasses.replace(WHOLE, settings=LORAM),
+        LOQT_OPEN,
+        dataclasses.replace(WHOLE, settings=LOQT, publish=None),
+        dataclasses.replace(WHOLE, settings=LOQT),
         dataclasses.replace(OPEN, settings=LoramSettings(lora=LoraSettings(), alignment=LoramAlignment(""))),
     ],
 )
@@ -125,6 +146,13 @@ def test_a_spec_says_what_it_was_given_and_nothing_else() -> None:
     assert spec_message(OPEN).s2ft.ListFields() == []
 
 
+def test_only_what_makes_a_base_may_publish_nothing() -> None:
+    assert not spec_message(LOQT_OPEN).HasField("publish")
+    with pytest.raises(InvalidArgumentError) as caught:
+        spec_message(dataclasses.replace(SPEC, publish=None))
+    assert (caught.value.reason, caught.value.field) == ("INVALID_VALUE", "spec.publish")
+
+
 def test_a_zero_is_said_and_not_left_open() -> None:
     message = spec_message(dataclasses.replace(WHOLE, settings=S2FT))
 
@@ -136,7 +164,7 @@ def test_a_zero_is_said_and_not_left_open() -> None:
 
 
 def test_the_settings_say_the_method() -> None:
-    asked = (SPEC, OPEN, GOAT_OPEN, LORAM_OPEN)
+    asked = (SPEC, OPEN, GOAT_OPEN, LORAM_OPEN, LOQT_OPEN)
     assert [one.method for one in asked] == list(TrainingMethod)
     assert {spec_message(one).method for one in asked} == set(training_pb2.TrainingMethod.values()) - {0}
     for one in asked:
@@ -165,13 +193,22 @@ def test_a_message_inside_of_settings_is_there_if_it_was_given_and_else_not() ->
         ("goat", "scale", training_pb2.GoatScale, GoatScale),
         ("goat", "rank_for_scale", training_pb2.GoatScaleRank, GoatScaleRank),
         ("loram", "pruning", training_pb2.LoramPruning, LoramPruning),
+        ("loqt", "start", training_pb2.LoqtStart, LoqtStart),
+        ("loqt", "schedule", training_pb2.LoqtSchedule, LoqtSchedule),
+        ("loqt", "decomposition", training_pb2.LoqtDecomposition, LoqtDecomposition),
+        ("loqt", "optimizer", training_pb2.LoqtOptimizer, LoqtOptimizer),
         ("optimizer", "schedule", training_pb2.LearningRateSchedule, LearningRateSchedule),
         (None, "over_length", training_pb2.OverLength, OverLength),
     ],
 )
 def test_every_enum_travels(part: str | None, field: str, enum: Any, members: Any) -> None:
     def asked(value: Any) -> TrainingSpec:
-        kinds: dict[str, Any] = {"s2ft": S2ftSettings, "goat": GoatSettings, "loram": LoramSettings}
+        kinds: dict[str, Any] = {
+            "s2ft": S2ftSettings,
+            "goat": GoatSettings,
+            "loram": LoramSettings,
+            "loqt": LoqtSettings,
+        }
         if part is None:
             return dataclasses.replace(OPEN, over_length=value)
         if part == "optimizer":

@@ -31,13 +31,15 @@ NO_TRAINER_REASONS = {
     "KMGT",  # of sizes
     "UNSPECIFIED",  # of enums
     "SC_PAGE_SIZE",  # of the machine
-    "RANK_TOO_LARGE", "NO_ANSWERS", "REQUEST_ID_REUSED", "UPLOAD_EXISTS",  # the server's too
+    "RANK_TOO_LARGE", "NO_ANSWERS", "REQUEST_ID_REUSED", "UPLOAD_EXISTS", "LOQT_FILLS_ZEROS",  # the server's too
+    "QUANTIZED_OTHERWISE", "OTHER_ORIGINAL", "MODEL_CONSTRUCTION",  # of the bases too
 }  # fmt: skip
 NO_CLIENT_REASONS = {
     "GRPC_VERBOSITY", "ERROR", "MOTLEY_SERVER", "MOTLEY_KEY", "XDG_CONFIG_HOME", "HOME",  # environment
     "KEY", "FILE", "QUOTA", "ALIAS", "TENANT", "TERMS", "NAME", "ID",  # help
     "CHECKSUM_MISMATCH", "UPLOAD_NOT_FOUND", "DATASET_NOT_FOUND", "UPLOAD_OFFSET",  # the server's too
     "RST_STREAM",  # of HTTP/2
+    "UNSPECIFIED",  # of enums
     "DNS",  # in certificates
     "GET",
 } | {code.name for code in grpc.StatusCode}  # fmt: skip

@@ -245,6 +245,33 @@ def test_old_routing_is_forgotten_apart_from_progress(training: Training, monkey
     ]
 
 
+def test_old_merges_are_forgotten_and_what_was_made_stays_with_its_job(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job_rows.MAX_MERGES_EVENTS == 1000
+    monkeypatch.setattr(job_rows, "MAX_MERGES_EVENTS", 2)
+    job = training.create(method="loqt", adapter_name=None)
+    training.register(methods=["loqt"])
+    leased = training.lease()
+    scope = training.leases.authenticate(leased.token)
+    assert scope is not None
+    assert scope.adapter_name is None
+    merges = [NewEvent("merges", json.dumps({"merges": {"merges": [{"step": str(step)}]}})) for step in range(3)]
+    made = NewEvent("base", json.dumps({"base": {"directory": "/a"}}))
+    training.leases.report(lease_id_of(leased), [*merges, made, made], latest={"base": made.body})
+    assert [number for number, _, _ in training.events(job)] == [1, 2, 4, 5, 6, 7]
+    training.end(leased)
+    ended = training.jobs.get("local", job.id)
+    assert (ended.state, ended.adapter_name, ended.base) == (JobState.SUCCEEDED, None, made.body)
+
+
+def test_a_job_that_publishes_nothing_needs_no_room_for_adapters(training: Training) -> None:
+    full = Quota(adapters=0, adapter_bytes=0)
+    assert refusal(training.create, quota=full)[1] == "QUOTA_ADAPTERS"
+    made = training.create(quota=full, adapter_name=None, request_id="mine")
+    assert training.create(quota=full, adapter_name=None, request_id="mine") == made
+
+
 def test_jobs_that_ended_long_ago_are_forgotten_with_their_events(
     training: Training, clock: SteppedClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

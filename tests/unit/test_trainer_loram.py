@@ -98,7 +98,7 @@ def adapter(tmp_path: Path) -> Path:
     copy.mkdir()
     manifest = write_prune_manifest(copy, make_manifest(tiny_spec().fingerprint, [LayerKeep((1, 3), (0,))]))
     write_peft_lora(directory, {UP: LoraPair(random(2, 4), random(8, 2))})
-    digest = write_cut(directory, copy)
+    digest = write_cut(directory, manifest)
     assert digest == manifest.digest
     declare(directory, digest)
     return directory

@@ -11,9 +11,10 @@ from architectures import build_checkpoint, edit_json
 from motley_bases.errors import BaseError
 from motley_bases.ledger import Weights, make_ledger
 from motley_bases.loader import read_parsed_config
-from motley_trainer.bases.plan import Question, make_plan, parse_size, plan_lines, show_bytes
+from motley_trainer.bases.plan import Question, make_plan, plan_lines, show_bytes
 from motley_trainer.commands.base import base as base_command
 from motley_trainer.errors import SettingsError
+from motley_trainer.sizes import parse_size
 from typer.testing import CliRunner
 
 MIB = 2**20

@@ -233,6 +233,22 @@ def test_gradients_are_those_of_the_patched_weight(side: Any) -> None:
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_what_is_added_to_a_bfloat16_base_is_rounded_once(side: Any) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, bias=False, dtype=torch.bfloat16)
+    sparse = ChannelLinear(linear, side, channels := torch.tensor([1, 4, 5, 17]))
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        sparse.block.normal_(generator=torch.Generator().manual_seed(2))
+        expected = linear(x).float()
+        if side == "input":
+            expected += x[:, channels].float() @ sparse.block.T
+        else:
+            expected[:, channels] += x.float() @ sparse.block.T
+        assert torch.equal(sparse(x), expected.bfloat16())
+
+
 def test_twenty_steps_equal_full_fine_tuning_under_a_mask(world: World) -> None:
     model, dense = world.model(), world.model()
     attached = world.attach(model)

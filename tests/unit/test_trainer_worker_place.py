@@ -192,6 +192,7 @@ def command() -> Typer:
         (["--server", "nowhere"], "BAD_SETTING", None),
         (["--server", "far.example:1", "--ca-file", "/no/such.pem"], "BAD_SETTING", "ca_file"),
         (["--base", "/no/such"], "NO_SUCH_BASE", None),
+        (["--bases", "/proc/no/such"], "BASES_DIR", "bases"),
     ],
 )
 def test_a_flag_that_cannot_be_is_a_typed_error(
@@ -205,7 +206,7 @@ def test_a_flag_that_cannot_be_is_a_typed_error(
 def test_every_flag_is_explained() -> None:
     shown = CliRunner().invoke(command(), ["--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     flags = ("server", "key", "ca-file", "insecure", "base", "work-dir", "name", "metrics", "device", "dtype")
-    for flag in (*flags, "memory-limit", "nice", "threads", "once"):
+    for flag in (*flags, "memory-limit", "nice", "threads", "once", "bases"):
         assert f"--{flag} " in shown
     assert "SIGTERM" in shown
 

@@ -222,6 +222,7 @@ def test_every_number_of_a_spec_has_bounds() -> None:
         for prefix, message in (
             ("", pb.TrainingSpec), ("lora.", pb.LoraSettings), ("s2ft.", pb.S2ftSettings), ("goat.", pb.GoatSettings),
             ("loram.", pb.LoramSettings), ("loram.lora.", pb.LoraSettings), ("loram.alignment.", pb.LoramAlignment),
+            ("loqt.", pb.LoqtSettings), ("loram.alignment.loqt.", pb.LoqtSettings),
             ("optimizer.", pb.OptimizerSettings), ("gate.", pb.Gate),
         )
         for field in message.DESCRIPTOR.fields

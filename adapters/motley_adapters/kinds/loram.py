@@ -9,12 +9,12 @@ against its digest. Reading blocks; any thread but the event loop's.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from motley_bases.prune_manifest import PruneManifest
 from motley_bases.spec import BaseSpec
 from motley_kernels.adapter_delta import DeltaUnit
 from torch import Tensor
@@ -62,15 +62,10 @@ def write_loram_manifest(
     return digest
 
 
-def write_cut(directory: Path, copy: Path) -> str:
-    """Lay the prune manifest of a pruned copy beside an adapter that was trained on it, and return its digest.
-
-    Semantics: in the one form whose bytes have that digest: keys in order, no spaces.
-    """
-    content = json.loads((copy / CUT_FILE).read_text(encoding="utf-8"))
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    (directory / CUT_FILE).write_bytes(canonical)
-    return _digest_of(canonical)
+def write_cut(directory: Path, manifest: PruneManifest) -> str:
+    """Lay the prune manifest of a pruned copy beside an adapter that was trained on it, and return its digest."""
+    (directory / CUT_FILE).write_bytes(manifest.content)
+    return manifest.digest
 
 
 class CompactUnits(Mapping[str, DeltaUnit]):

@@ -205,7 +205,7 @@ def demo(
 
 @app.command()
 def demo_train() -> None:
-    """Start a server and a worker, train an adapter while requests go on, show it answer beside others, stop both."""
+    """Start a server and a worker, train adapters while requests go on, show them answer beside others, stop both."""
     from motley_client.demo_train import run_demo_train
 
     raise typer.Exit(run_demo_train())

@@ -25,7 +25,7 @@ from motley_client.cli_train_words import (
 )
 from motley_client.types_training import JobState
 
-app = typer.Typer(no_args_is_help=True, help="Train adapters from your data; needs a publisher's key.")
+app = typer.Typer(no_args_is_help=True, help="Train adapters and bases from your data; needs a publisher's key.")
 
 JobArgument = Annotated[str, typer.Argument(help="The job's id.", show_default=False)]
 

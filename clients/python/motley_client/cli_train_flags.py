@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from motley_client.types_training_methods import (
     ChannelBudget,
@@ -18,15 +19,19 @@ from motley_client.types_training_methods import (
     GoatScale,
     GoatScaleRank,
     GoatSegments,
+    LoqtDecomposition,
+    LoqtOptimizer,
+    LoqtSchedule,
     LoramPruning,
     TrainingMethod,
 )
 from motley_client.types_training_spec import LearningRateSchedule, OverLength
 
 # The panels of the help, by which it is known whose a flag is.
-PUBLISHING, STEPS = "What becomes of it", "How it trains"
-FACTORS, LORA = "Of --method lora, goat and loram", "Of --method lora and loram"
-S2FT, GOAT, LORAM = "Of --method s2ft", "Of --method goat", "Of --method loram"
+PUBLISHING, GATE, STEPS = "What becomes of it", "What it is measured by", "How it trains"
+RANK, FACTORS = "Of --method lora, goat, loram and loqt", "Of --method lora, goat and loram"
+LORA, S2FT, GOAT, LORAM = "Of --method lora and loram", "Of --method s2ft", "Of --method goat", "Of --method loram"
+START, LOQT = "Of --method loqt", "Of --method loqt, and of loram with --align-by-loqt"
 
 
 def _flag(help: str, panel: str, metavar: str | None = None, name: str | None = None) -> Any:
@@ -46,16 +51,18 @@ class TrainingFlags:
         bool, _flag("Point no alias at it: NAME@N alone means it.", PUBLISHING, name="--keep-aliases")
     ] = False
     label: Annotated[list[str] | None, _flag("Label the version; may be repeated.", PUBLISHING, "KEY=VALUE")] = None
-    eval: Annotated[
-        str | None, _flag("Measure on this data, as DATA is given; else a part of DATA.", PUBLISHING, "FILE")
-    ] = None
+    eval: Annotated[str | None, _flag("Measure on this data, as DATA is given; else a part of DATA.", GATE, "FILE")] = (
+        None
+    )
     max_loss_ratio: Annotated[
-        float | None, _flag("Publish if the loss is at most X times what it was (1).", PUBLISHING, "X")
+        float | None, _flag("Publish if the loss is at most X times what it was (1).", GATE, "X")
     ] = None
-    min_exact_match: Annotated[
-        float | None, _flag("Publish if this share of answers is exactly right.", PUBLISHING, "X")
+    min_exact_match: Annotated[float | None, _flag("Publish if this share of answers is exactly right.", GATE, "X")] = (
+        None
+    )
+    method: Annotated[
+        TrainingMethod | None, _flag("How to train, and the adapter's kind; loqt makes a base.", STEPS)
     ] = None
-    method: Annotated[TrainingMethod | None, _flag("How to train, and the adapter's kind.", STEPS)] = None
     steps: Annotated[int | None, _flag("Steps of the optimizer.", STEPS, "N")] = None
     epochs: Annotated[float | None, _flag("Passes over the data (3).", STEPS, "E")] = None
     batch_size: Annotated[int | None, _flag("Samples a step (16).", STEPS, "N")] = None
@@ -66,9 +73,13 @@ class TrainingFlags:
     max_length: Annotated[int | None, _flag("Tokens of a sample (512).", STEPS, "N")] = None
     over_length: Annotated[OverLength | None, _flag("What becomes of longer ones (truncate).", STEPS)] = None
     seed: Annotated[int | None, _flag("The same seed and data give the same adapter (0).", STEPS, "N")] = None
-    quantization: Annotated[str | None, _flag("How to hold the base (as it is served).", STEPS, "none|nf4")] = None
+    quantization: Annotated[
+        str | None, _flag("How to hold the base (as it is served; of loqt nf4).", STEPS, "none|nf4")
+    ] = None
     checkpoint_steps: Annotated[int | None, _flag("Steps between checkpoints (50).", STEPS, "N")] = None
-    rank: Annotated[int | None, _flag("The rank, of all experts together (8).", FACTORS, "R")] = None
+    rank: Annotated[
+        int | None, _flag("The rank, of all experts together (8; of loqt a quarter of the hidden size).", RANK, "R")
+    ] = None
     alpha: Annotated[float | None, _flag("The scale, over the rank (twice the rank).", FACTORS, "A")] = None
     target: Annotated[
         list[str] | None, _flag("A Linear, by name or path (all of the layers); may be repeated.", FACTORS, "NAME")
@@ -106,14 +117,41 @@ class TrainingFlags:
     align_steps: Annotated[int | None, _flag("Steps of that (100).", LORAM, "N")] = None
     align_learning_rate: Annotated[float | None, _flag("Its learning rate (5e-5).", LORAM, "X")] = None
     align_batch_size: Annotated[int | None, _flag("Samples a step of it (16).", LORAM, "N")] = None
+    align_by_loqt: Annotated[
+        bool, _flag("Hold it in NF4 for that, and train low-rank factors.", LORAM, name="--align-by-loqt")
+    ] = False
+    align_rank: Annotated[int | None, _flag("Their rank (a quarter of the hidden size).", LORAM, "R")] = None
+    start: Annotated[
+        str | None,
+        _flag("Train on from BASE, which is served, or from drawn weights.", START, "BASE|scratch", "--from"),
+    ] = None
+    factor_scale: Annotated[float | None, _flag("What the factors' product counts (0.5).", LOQT, "X")] = None
+    merge_interval: Annotated[int | None, _flag("Merge the factors after so many steps (100).", LOQT, "N")] = None
+    merge_schedule: Annotated[
+        LoqtSchedule | None, _flag("How that goes on from merge to merge (exponential).", LOQT)
+    ] = None
+    growth: Annotated[float | None, _flag("The base of the powers (1.2), of linear the steps (100).", LOQT, "X")] = None
+    compensation_steps: Annotated[
+        int | None, _flag("Rounds in which factors take up what NF4 loses (5).", LOQT, "N")
+    ] = None
+    decomposition: Annotated[LoqtDecomposition | None, _flag("How directions are found (svd).", LOQT)] = None
+    optimizer: Annotated[LoqtOptimizer | None, _flag("What steps are taken by (adamw).", LOQT)] = None
+    keep_moments: Annotated[bool, _flag("Keep the optimizer's moments over a merge.", LOQT, name="--keep-moments")] = (
+        False
+    )
 
     def said(self, *panels: str) -> list[str]:
         """Return the flags of these panels, or of all, that were said, by their names."""
         hints = get_type_hints(TrainingFlags, include_extras=True)
         return [
-            "--" + one.name.replace("_", "-")
+            _called(hints[one.name].__metadata__[0], one.name)
             for one in fields(self)
             if not any(getattr(self, one.name) is nothing for nothing in (None, False))
             and getattr(self, one.name) != []
             and (not panels or hints[one.name].__metadata__[0].rich_help_panel in panels)
         ]
+
+
+def _called(option: OptionInfo, name: str) -> str:
+    """Return what a flag is called: the name that it was given, found as a default here, or the field's."""
+    return option.default if isinstance(option.default, str) else "--" + name.replace("_", "-")

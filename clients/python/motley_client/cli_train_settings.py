@@ -6,13 +6,17 @@ Knows no server, and loads no gRPC.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import typer
 
-from motley_client.cli_train_flags import FACTORS, GOAT, LORA, LORAM, S2FT, TrainingFlags
+from motley_client.cli_train_flags import FACTORS, GOAT, LOQT, LORA, LORAM, RANK, S2FT, START, TrainingFlags
 from motley_client.types_training_methods import (
     GoatSettings,
+    LoqtSettings,
+    LoqtStart,
     LoramAlignment,
     LoramSettings,
     LoraSettings,
@@ -21,11 +25,17 @@ from motley_client.types_training_methods import (
     TrainingMethod,
 )
 
+SCRATCH = "scratch"
+"""What `--from` says for weights that are drawn."""
+
+_Settings = TypeVar("_Settings", bound=Any)
+
 _PANELS: Mapping[TrainingMethod, tuple[str, ...]] = MappingProxyType({
-    TrainingMethod.LORA: (FACTORS, LORA),
+    TrainingMethod.LORA: (RANK, FACTORS, LORA),
     TrainingMethod.S2FT: (S2FT,),
-    TrainingMethod.GOAT: (FACTORS, GOAT),
-    TrainingMethod.LORAM: (FACTORS, LORA, LORAM),
+    TrainingMethod.GOAT: (RANK, FACTORS, GOAT),
+    TrainingMethod.LORAM: (RANK, FACTORS, LORA, LORAM, LOQT),
+    TrainingMethod.LOQT: (RANK, START, LOQT),
 })  # fmt: skip
 
 
@@ -41,64 +51,49 @@ def settings_of(method: TrainingMethod, flags: TrainingFlags) -> MethodSettings:
     return _MADE_BY[method](flags)
 
 
+def _same(kind: type[_Settings], flags: TrainingFlags, **other: object) -> _Settings:
+    """Make settings of what the flags of their own names say, and of what is given here."""
+    names = {one.name for one in fields(TrainingFlags)} - set(other)
+    said = {one.name: getattr(flags, one.name) for one in fields(kind) if one.name in names}
+    made: _Settings = kind(**said | other)
+    return made
+
+
 def _lora(flags: TrainingFlags) -> LoraSettings:
-    return LoraSettings(
-        rank=flags.rank,
-        alpha=flags.alpha,
-        use_rslora=flags.rslora,
-        target_modules=tuple(flags.target or ()),
-        dropout=flags.dropout,
-    )
+    return _same(LoraSettings, flags, use_rslora=flags.rslora, target_modules=tuple(flags.target or ()))
 
 
 def _s2ft(flags: TrainingFlags) -> S2ftSettings:
-    return S2ftSettings(
-        o_share=flags.o_share,
-        down_share=flags.down_share,
-        score=flags.score,
-        order=flags.order,
-        budget=flags.budget,
-        disjoint_from=tuple(flags.disjoint_from or ()),
-    )
+    return _same(S2ftSettings, flags, disjoint_from=tuple(flags.disjoint_from or ()))
 
 
 def _goat(flags: TrainingFlags) -> GoatSettings:
-    return GoatSettings(
-        rank=flags.rank,
-        experts=flags.experts,
-        top_k=flags.top_k,
-        rho=flags.rho,
-        segments=flags.segments,
-        scale=flags.scale,
-        eta=flags.eta,
-        rank_for_scale=flags.rank_for_scale,
-        alpha=flags.alpha,
-        balance_loss=flags.balance_loss,
-        dropout=flags.dropout,
-        target_modules=tuple(flags.target or ()),
-    )
+    return _same(GoatSettings, flags, target_modules=tuple(flags.target or ()))
 
 
 def _loram(flags: TrainingFlags) -> LoramSettings:
-    return LoramSettings(
-        lora=_lora(flags),
-        pruning=flags.pruning,
-        ratio=flags.ratio or "",
-        layers=flags.layers or "",
-        pattern=flags.pattern or "",
-        same_cut_as=flags.same_cut_as or "",
-        alignment=_alignment(flags),
-    )
+    texts = {name: getattr(flags, name) or "" for name in ("ratio", "layers", "pattern", "same_cut_as")}
+    return _same(LoramSettings, flags, lora=_lora(flags), alignment=_alignment(flags), **texts)
+
+
+def _loqt(flags: TrainingFlags) -> LoqtSettings:
+    start = None if flags.start is None else LoqtStart.SCRATCH if flags.start == SCRATCH else LoqtStart.BASE
+    return _same(LoqtSettings, flags, start=start, scale=flags.factor_scale, schedule=flags.merge_schedule)
 
 
 def _alignment(flags: TrainingFlags) -> LoramAlignment | None:
-    alignment = LoramAlignment("", flags.align_steps, flags.align_learning_rate, flags.align_batch_size)
-    if flags.align_with is not None:
-        return alignment
-    if alignment != LoramAlignment(""):
+    """Return how the copy is aligned, None if it is not."""
+    if flags.align_with is None:
         said = [flag for flag in flags.said(LORAM) if flag.startswith("--align-")]
-        raise typer.BadParameter(f"name the text to align on by --align-with, or leave out {' and '.join(said)}")
-    return None
+        if said:
+            raise typer.BadParameter(f"name the text to align on by --align-with, or leave out {' and '.join(said)}")
+    idle = [*flags.said(LOQT), *(["--align-rank"] if flags.align_rank is not None else [])]
+    if idle and not flags.align_by_loqt:
+        raise typer.BadParameter(f"say --align-by-loqt too, or leave out {' and '.join(idle)}")
+    if flags.align_with is None:
+        return None
+    loqt = replace(_loqt(flags), rank=flags.align_rank) if flags.align_by_loqt else None
+    return LoramAlignment("", flags.align_steps, flags.align_learning_rate, flags.align_batch_size, loqt)
 
 
 _MADE_BY: Mapping[TrainingMethod, Callable[[TrainingFlags], MethodSettings]] = MappingProxyType({
@@ -106,4 +101,5 @@ _MADE_BY: Mapping[TrainingMethod, Callable[[TrainingFlags], MethodSettings]] = M
     TrainingMethod.S2FT: _s2ft,
     TrainingMethod.GOAT: _goat,
     TrainingMethod.LORAM: _loram,
+    TrainingMethod.LOQT: _loqt,
 })  # fmt: skip

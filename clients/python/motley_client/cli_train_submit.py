@@ -16,6 +16,7 @@ import typer
 
 from motley_client.cli_options import JsonOption, Server
 from motley_client.cli_train_flags import TrainingFlags
+from motley_client.cli_train_settings import SCRATCH
 from motley_client.cli_train_spec import spec_of
 from motley_client.cli_train_watch import watch_to_end
 from motley_client.cli_train_words import job_json
@@ -49,7 +50,7 @@ def submit(
     watch: Annotated[bool, typer.Option("--watch", help="Go on as `watch` does, and exit as it does.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Upload DATA.jsonl, unless it is there, queue a job that trains an adapter on it, and print the job's id.
+    """Upload DATA.jsonl, unless it is there, queue a job that trains an adapter on it, or a base, and print its id.
 
     A line is {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}. --json prints the job, and with
     --watch then an object an event.
@@ -57,6 +58,7 @@ def submit(
     asked = spec_of(flags) if spec is None else _filed_spec(spec, flags)
     _check_data(asked, data, flags)
     with server.connect() as client:
+        _check_start(client, flags.start)
         asked = _with_data(client, asked, data, flags)
         job = client.create_training_job(asked, request_id=request_id)
         typer.echo(json.dumps(job_json(job)) if json_output else job.id)
@@ -92,6 +94,12 @@ def _check_data(spec: TrainingSpec, data: str | None, flags: TrainingFlags) -> N
             there = spec.settings.alignment.dataset
             raise typer.BadParameter(f"the spec names the dataset {there} to align on: leave out --align-with")
     spec_message(spec)
+
+
+def _check_start(client: Client, start: str | None) -> None:
+    """Refuse to train on from any base but the one that is served, which the server could not tell from it."""
+    if start not in (None, SCRATCH) and start != (served := client.info().base_model):
+        raise typer.BadParameter(f"{start!r} is not served, but {served!r}: train on from that one, or from {SCRATCH}")
 
 
 def _with_data(client: Client, spec: TrainingSpec, data: str | None, flags: TrainingFlags) -> TrainingSpec:

@@ -16,6 +16,7 @@ from typing import Any
 
 from motley_client.cli_adapter_words import version_json
 from motley_client.cli_table import moment, table
+from motley_client.cli_train_bases import base_words, merges_words
 from motley_client.cli_train_routing import routing_words
 from motley_client.types_adapters import AdapterVersion
 from motley_client.types_training import (
@@ -24,9 +25,11 @@ from motley_client.types_training import (
     Dataset,
     Evaluation,
     JobEvent,
+    MergeReport,
     RoutingReport,
     Stage,
     StateChange,
+    TrainedBase,
     TrainingCapabilities,
     TrainingJob,
     TrainingProgress,
@@ -72,6 +75,7 @@ def job_json(job: TrainingJob) -> dict[str, Any]:
         "version": None if job.version is None else version_json(job.version),
         "last_sequence": job.last_sequence,
         "base_fingerprint": job.base_fingerprint,
+        "base": None if job.base is None else asdict(job.base),
     }
 
 
@@ -80,10 +84,8 @@ def job_table(jobs: Sequence[TrainingJob]) -> str:
     rows = []
     for one in jobs:
         steps = "" if one.progress is None else f"{one.progress.step}/{one.progress.num_steps}"
-        adapter = one.spec.publish.adapter_name
-        rows.append(
-            (one.id, _word(one.state), _word(one.spec.method), adapter, moment(one.create_time), steps, one.worker)
-        )
+        adapter, created = one.spec.adapter_name, moment(one.create_time)
+        rows.append((one.id, _word(one.state), _word(one.spec.method), adapter, created, steps, one.worker))
     return table(("id", "state", "method", "adapter", "created", "step", "worker"), rows)
 
 
@@ -94,7 +96,7 @@ def job_words(job: TrainingJob) -> str:
     facts = {
         "id": job.id,
         "state": _state_words(StateChange(job.state, job.reason, job.message)),
-        "adapter": job.spec.publish.adapter_name,
+        "adapter": job.spec.adapter_name,
         "method": _word(job.spec.method),
         "dataset": job.spec.dataset,
         "base": job.base_fingerprint,
@@ -108,6 +110,7 @@ def job_words(job: TrainingJob) -> str:
         "progress": "" if job.progress is None else progress_words(job.progress),
         "evaluation": "" if job.evaluation is None else _evaluation_words(job.evaluation),
         "published": "" if job.version is None else f"{job.version.name}@{job.version.version} {job.version.digest}",
+        "made": "" if job.base is None else base_words(job.base),
         "spec": json.dumps(spec_json(job.spec)),
     }
     return "\n".join(f"{name:<{_WIDTH}}{value}".rstrip() for name, value in facts.items())
@@ -187,6 +190,10 @@ def _occurrence_json(event: JobEvent) -> dict[str, Any]:
             return {"stage": text}
         case RoutingReport(modules):
             return {"routing": {"modules": {path: {"shares": list(shares)} for path, shares in modules.items()}}}
+        case MergeReport() as report:
+            return {"merges": asdict(report)}
+        case TrainedBase() as base:
+            return {"base": asdict(base)}
         case None:
             return {}
 
@@ -209,6 +216,10 @@ def _occurrence_words(event: JobEvent) -> str:
             return text
         case RoutingReport() as report:
             return routing_words(report)
+        case MergeReport() as report:
+            return merges_words(report)
+        case TrainedBase() as base:
+            return f"base made: {base_words(base)}"
         case None:
             return "something that this version of motley does not know"
 

@@ -23,10 +23,13 @@ from motley_client.types_training import (
     Evaluation,
     JobEvent,
     JobState,
+    Merge,
+    MergeReport,
     Occurrence,
     RoutingReport,
     Stage,
     StateChange,
+    TrainedBase,
     TrainingCapabilities,
     TrainingJob,
     TrainingProgress,
@@ -143,6 +146,7 @@ def job(message: training_pb2.TrainingJob) -> TrainingJob:
         version=version(message.version) if message.HasField("version") else None,
         last_sequence=message.last_sequence,
         base_fingerprint=message.base_fingerprint,
+        base=_base(message.base) if message.HasField("base") else None,
     )
 
 
@@ -182,6 +186,10 @@ def _event(message: training_pb2.JobEvent) -> Occurrence | None:
             return Stage(message.stage)
         case "routing":
             return RoutingReport({path: tuple(one.shares) for path, one in message.routing.modules.items()})
+        case "merges":
+            return MergeReport(tuple(Merge(one.step, one.digest) for one in message.merges.merges))
+        case "base":
+            return _base(message.base)
         case None:
             return None
 
@@ -217,6 +225,16 @@ def _evaluation(message: training_pb2.Evaluation) -> Evaluation:
         loss_after=message.loss_after,
         exact_match_before=message.exact_match_before if message.HasField("exact_match_before") else None,
         exact_match_after=message.exact_match_after if message.HasField("exact_match_after") else None,
+    )
+
+
+def _base(message: training_pb2.TrainedBase) -> TrainedBase:
+    return TrainedBase(
+        directory=message.directory,
+        fingerprint=message.fingerprint,
+        original_fingerprint=message.original_fingerprint,
+        num_merges=message.num_merges,
+        size_bytes=message.size_bytes,
     )
 
 

@@ -27,6 +27,11 @@ from motley_client.types_training_methods import (
     GoatScale,
     GoatScaleRank,
     GoatSegments,
+    LoqtDecomposition,
+    LoqtOptimizer,
+    LoqtSchedule,
+    LoqtSettings,
+    LoqtStart,
     LoramAlignment,
     LoramPruning,
     LoraSettings,
@@ -47,61 +52,30 @@ METHODS = {
     training_pb2.TRAINING_METHOD_S2FT: TrainingMethod.S2FT,
     training_pb2.TRAINING_METHOD_GOAT: TrainingMethod.GOAT,
     training_pb2.TRAINING_METHOD_LORAM: TrainingMethod.LORAM,
+    training_pb2.TRAINING_METHOD_LOQT: TrainingMethod.LOQT,
 }
 _METHOD_NUMBERS = {method: number for number, method in METHODS.items()}
-_ENUMS: dict[str, Mapping[int, Enum]] = {  # by the field that has them
-    "score": {
-        training_pb2.CHANNEL_SCORE_RANDOM: ChannelScore.RANDOM,
-        training_pb2.CHANNEL_SCORE_WEIGHT: ChannelScore.WEIGHT,
-        training_pb2.CHANNEL_SCORE_ACTIVATION: ChannelScore.ACTIVATION,
-        training_pb2.CHANNEL_SCORE_WEIGHT_ACTIVATION: ChannelScore.WEIGHT_ACTIVATION,
-        training_pb2.CHANNEL_SCORE_GRADIENT: ChannelScore.GRADIENT,
-    },
-    "order": {
-        training_pb2.CHANNEL_ORDER_SMALL: ChannelOrder.SMALL,
-        training_pb2.CHANNEL_ORDER_LARGE: ChannelOrder.LARGE,
-    },
-    "budget": {
-        training_pb2.CHANNEL_BUDGET_LAYER: ChannelBudget.LAYER,
-        training_pb2.CHANNEL_BUDGET_GLOBAL: ChannelBudget.GLOBAL,
-    },
-    "segments": {
-        training_pb2.GOAT_SEGMENTS_HEAD: GoatSegments.HEAD,
-        training_pb2.GOAT_SEGMENTS_MINI: GoatSegments.MINI,
-        training_pb2.GOAT_SEGMENTS_PRINCIPAL: GoatSegments.PRINCIPAL,
-        training_pb2.GOAT_SEGMENTS_MINOR: GoatSegments.MINOR,
-        training_pb2.GOAT_SEGMENTS_RANDOM: GoatSegments.RANDOM,
-    },
-    "scale": {
-        training_pb2.GOAT_SCALE_THEORETICAL: GoatScale.THEORETICAL,
-        training_pb2.GOAT_SCALE_ALPHA: GoatScale.ALPHA,
-    },
-    "rank_for_scale": {
-        training_pb2.GOAT_SCALE_RANK_EXPERT: GoatScaleRank.EXPERT,
-        training_pb2.GOAT_SCALE_RANK_TOTAL: GoatScaleRank.TOTAL,
-    },
-    "pruning": {
-        training_pb2.LORAM_PRUNING_STRUCTURED: LoramPruning.STRUCTURED,
-        training_pb2.LORAM_PRUNING_RANDOM: LoramPruning.RANDOM,
-        training_pb2.LORAM_PRUNING_UNSTRUCTURED: LoramPruning.UNSTRUCTURED,
-        training_pb2.LORAM_PRUNING_SEMI_STRUCTURED: LoramPruning.SEMI_STRUCTURED,
-    },
-    "schedule": {
-        training_pb2.LEARNING_RATE_SCHEDULE_LINEAR: LearningRateSchedule.LINEAR,
-        training_pb2.LEARNING_RATE_SCHEDULE_COSINE: LearningRateSchedule.COSINE,
-        training_pb2.LEARNING_RATE_SCHEDULE_CONSTANT: LearningRateSchedule.CONSTANT,
-    },
-    "over_length": {
-        training_pb2.OVER_LENGTH_TRUNCATE: OverLength.TRUNCATE,
-        training_pb2.OVER_LENGTH_REFUSE: OverLength.REFUSE,
-    },
-}
+_KINDS: tuple[type[Enum], ...] = (
+    *(ChannelScore, ChannelOrder, ChannelBudget, GoatSegments, GoatScale, GoatScaleRank, LoramPruning),
+    *(LoqtStart, LoqtSchedule, LoqtDecomposition, LoqtOptimizer, LearningRateSchedule, OverLength),
+)
+
+
+def _members(kind: type[Enum]) -> Mapping[int, Enum]:
+    """Return the members of an enum by the numbers that the proto's enum of that name has for theirs."""
+    enum = training_pb2.DESCRIPTOR.enum_types_by_name[kind.__name__]
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return {enum.values_by_name[prefix + member.name].number: member for member in kind}
+
+
+_ENUMS = {kind.__name__: _members(kind) for kind in _KINDS}  # as the proto calls them
 _SCALARS = (
     *("dataset", "quantization", "steps", "epochs", "batch_size", "micro_batch_size", "max_length"),
     *("over_length", "seed", "checkpoint_steps"),
 )
 _PARTS = {"optimizer": OptimizerSettings, "gate": Gate, "publish": PublishSettings}
-_INNER = {"lora": LoraSettings, "alignment": LoramAlignment}  # messages inside of a method's settings
+# Messages inside of a method's settings, as the proto calls them.
+_INNER = {kind.__name__: kind for kind in (LoraSettings, LoramAlignment, LoqtSettings)}
 _SETTINGS = {method.value: kind for kind, method in METHODS_OF_SETTINGS.items()}
 
 
@@ -109,13 +83,15 @@ def spec_message(spec: TrainingSpec) -> training_pb2.TrainingSpec:
     """Make the message of a spec; what is None is left to the server.
 
     Raises: InvalidArgumentError for a spec without settings, or with both steps and epochs: the message has room for
-    one of them, and would forget the other.
+    one of them, and would forget the other; for one that does not say what to publish, though its method does.
     """
     if spec.method is None:
         names = " or ".join(kind.__name__ for kind in _SETTINGS.values())
         raise _refusal(f"{names} say the method, and one of them is needed", "spec.method")
     if spec.steps is not None and spec.epochs is not None:
         raise _refusal("a job lasts so many steps or so many epochs, not both", "spec.epochs")
+    if spec.publish is None and spec.method is not TrainingMethod.LOQT:
+        raise _refusal("name the adapter that gets a new version", "spec.publish")
     return _message(spec)
 
 
@@ -125,7 +101,7 @@ def spec(message: training_pb2.TrainingSpec) -> TrainingSpec:
     return TrainingSpec(
         **scalars | {"quantization": message.quantization or None},
         settings=_settings(message),
-        publish=PublishSettings(**_values(message.publish)),
+        publish=PublishSettings(**_values(message.publish)) if message.HasField("publish") else None,
         optimizer=OptimizerSettings(**_values(message.optimizer)) if message.HasField("optimizer") else None,
         gate=Gate(**_values(message.gate)) if message.HasField("gate") else None,
     )
@@ -185,21 +161,33 @@ def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
         field = f"{path}.{name}"
         if value is None:
             continue
-        if name in _ENUMS:
-            message.MergeFrom(checked(field, _of_enum, kind=type(message), name=name, value=value))
-        elif name in _INNER:
-            _fill_part(getattr(message, name), field, value, _INNER[name])
+        if (enum := _enum_of(message, name)) is not None:
+            message.MergeFrom(checked(field, _of_enum, kind=type(message), name=name, enum=enum, value=value))
+        elif (inner := _inner_of(message, name)) is not None:
+            _fill_part(getattr(message, name), field, value, inner)
         elif isinstance(getattr(message, name), str | int | float | Mapping):
             message.MergeFrom(checked(field, type(message), **{name: value}))
         else:
             getattr(message, name).extend(strings(field, value))
 
 
-def _of_enum(kind: type[Message], name: str, value: object) -> Message:
-    for number, member in _ENUMS[name].items():
+def _of_enum(kind: type[Message], name: str, enum: Mapping[int, Enum], value: object) -> Message:
+    for number, member in enum.items():
         if value in (member, member.value):
             return kind(**{name: number})
-    raise ValueError(f"{value!r} is none of {', '.join(str(member.value) for member in _ENUMS[name].values())}")
+    raise ValueError(f"{value!r} is none of {', '.join(str(member.value) for member in enum.values())}")
+
+
+def _enum_of(message: Message, name: str) -> Mapping[int, Enum] | None:
+    """Return the members, by number, of the enum that a field is of; None for any other field."""
+    enum = message.DESCRIPTOR.fields_by_name[name].enum_type
+    return None if enum is None else _ENUMS[enum.name]
+
+
+def _inner_of(message: Message, name: str) -> type[Any] | None:
+    """Return what a field that is a message inside of settings is read as; None for any other field."""
+    inner = message.DESCRIPTOR.fields_by_name[name].message_type
+    return None if inner is None else _INNER.get(inner.name)
 
 
 def _values(message: Message) -> dict[str, Any]:
@@ -212,10 +200,10 @@ def _value(message: Message, name: str) -> Any:
     if field.has_presence and not message.HasField(name):
         return None
     found = getattr(message, name)
-    if name in _ENUMS:
-        return _ENUMS[name].get(found)
-    if name in _INNER:
-        return _INNER[name](**_values(found))
+    if (enum := _enum_of(message, name)) is not None:
+        return enum.get(found)
+    if (inner := _inner_of(message, name)) is not None:
+        return inner(**_values(found))
     if isinstance(found, bool | int | float | str):
         return found
     return dict(found) if isinstance(found, Mapping) else tuple(found)

@@ -16,7 +16,7 @@ from motley_client.convert_fields import checked, duration
 from motley_client.errors import InternalError, InvalidArgumentError
 from motley_client.types_worker import JobEnding, Lease, LeasedJob, LeaseEnd, WorkerEvent, WorkerTerms
 
-TOLD_KINDS = ("progress", "data", "checkpoint_step", "evaluation", "stage", "routing")
+TOLD_KINDS = ("progress", "data", "checkpoint_step", "evaluation", "stage", "routing", "merges", "base")
 """What may be told of a job; its state, and what was published, are the server's to say."""
 
 _METHODS = {
@@ -24,6 +24,7 @@ _METHODS = {
     training_pb2.TRAINING_METHOD_S2FT: "s2ft",
     training_pb2.TRAINING_METHOD_GOAT: "goat",
     training_pb2.TRAINING_METHOD_LORAM: "loram",
+    training_pb2.TRAINING_METHOD_LOQT: "loqt",
 }
 _METHOD_NUMBERS = {name: number for number, name in _METHODS.items()}
 _ENDS = {
@@ -111,7 +112,7 @@ def lease(response: training_pb2.LeaseJobResponse) -> Lease | None:
         base_fingerprint=message.job.base_fingerprint,
         datasets=tuple(datasets),
         reads=(*spec.s2ft.disjoint_from, *filter(None, [spec.loram.same_cut_as])),
-        adapter_name=spec.publish.adapter_name,
+        adapter_name=spec.publish.adapter_name if spec.HasField("publish") else None,
         aliases=tuple(spec.publish.aliases),
         labels=dict(spec.publish.labels),
         spec=json_format.MessageToDict(spec, preserving_proto_field_name=True),

@@ -109,7 +109,8 @@ class Checkpoint:
 class Evaluation:
     """What held-out samples say of the base without the adapter and with it; no exact match where none has an answer.
 
-    Semantics: exact matches are shares of the samples that have an answer.
+    Semantics: of LoQT, what they say of the base that it was and of the one that was made. Exact matches are shares of
+    the samples that have an answer.
     """
 
     num_samples: int
@@ -133,10 +134,52 @@ class RoutingReport:
     modules: Mapping[str, tuple[float, ...]] = field(hash=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """LoQT's factors became a part of the weights after so many steps; `digest` is over all weights as they were then.
+
+    Units: `step` in steps taken before it.
+    """
+
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """The merges since the last report."""
+
+    merges: tuple[Merge, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedBase:
+    """A base that a job has made.
+
+    Semantics: it lies in `directory` at the job's worker. `fingerprint` is as a server that serves it tells it, so that
+    adapters of the base before it are refused by it; `original_fingerprint` is of that one, empty if there was none.
+    """
+
+    directory: str
+    fingerprint: str
+    original_fingerprint: str
+    num_merges: int
+    size_bytes: int
+
+
 Occurrence = (
-    StateChange | TrainingProgress | DataReport | Checkpoint | Evaluation | AdapterVersion | Stage | RoutingReport
+    StateChange
+    | TrainingProgress
+    | DataReport
+    | Checkpoint
+    | Evaluation
+    | AdapterVersion
+    | Stage
+    | RoutingReport
+    | MergeReport
+    | TrainedBase
 )
-"""What can happen to a job; an AdapterVersion is what was published."""
+"""What can happen to a job; an AdapterVersion is what was published, a TrainedBase what was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +199,7 @@ class TrainingJob:
     """A job as it stands; what has not come yet is None, or empty.
 
     Semantics: `start_time` is that of the first lease, `attempts` counts leases, `worker` had the last one, and
-    `last_sequence` is that of the last event.
+    `last_sequence` is that of the last event. Of `version` and `base` a job has one at most, by its method.
     """
 
     id: str
@@ -176,6 +219,7 @@ class TrainingJob:
     version: AdapterVersion | None
     last_sequence: int
     base_fingerprint: str
+    base: TrainedBase | None
 
 
 @dataclass(frozen=True, slots=True)

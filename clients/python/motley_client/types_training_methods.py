@@ -1,4 +1,4 @@
-"""How an adapter can be trained: the methods, and what can be said of each.
+"""How an adapter or a base can be trained: the methods, and what can be said of each.
 
 Owns the settings of `types_training_spec`'s TrainingSpec. Knows neither protobuf nor gRPC. Instances are immutable and
 may go from thread to thread. None is the server's default, which `training.proto` names beside each field; in an
@@ -13,12 +13,13 @@ from enum import Enum
 
 
 class TrainingMethod(Enum):
-    """How an adapter is trained, which is also its kind; LoRAM over an NF4 base is QLoRAM."""
+    """How an adapter is trained, which is also its kind; LoRAM over an NF4 base is QLoRAM. LoQT makes a base."""
 
     LORA = "lora"
     S2FT = "s2ft"
     GOAT = "goat"
     LORAM = "loram"
+    LOQT = "loqt"
 
 
 class ChannelScore(Enum):
@@ -82,6 +83,36 @@ class LoramPruning(Enum):
     SEMI_STRUCTURED = "semi-structured"
 
 
+class LoqtStart(Enum):
+    """What LoQT trains: the base that is served, or weights drawn by the seed, of its architecture."""
+
+    BASE = "base"
+    SCRATCH = "scratch"
+
+
+class LoqtSchedule(Enum):
+    """When LoQT merges its factors: at intervals that grow by powers, stay, or grow by steps, or once at the start."""
+
+    EXPONENTIAL = "exponential"
+    STATIC = "static"
+    LINEAR = "linear"
+    NEVER = "never"
+
+
+class LoqtDecomposition(Enum):
+    """How LoQT finds the directions of a gradient."""
+
+    SVD = "svd"
+    EIGH = "eigh"
+
+
+class LoqtOptimizer(Enum):
+    """What LoQT's steps are taken by; the second holds its moments in 8 bits."""
+
+    ADAMW = "adamw"
+    ADAMW_8BIT = "adamw-8bit"
+
+
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
     """Train a LoRA, on the Linears that `target_modules` name, or on all of the layers; patterns are by name or path.
@@ -140,9 +171,33 @@ class GoatSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LoqtSettings:
+    """Train a whole base whose Linears are held in NF4, by one low-rank factor of each after the other.
+
+    Semantics: `rank` is at most the smaller side of every Linear. `scale` is what the product of the factors is
+    multiplied by; a new factor takes up in `compensation_steps` rounds what quantizing loses. Factors are merged into
+    the weights by `schedule`, after `merge_interval` steps, from merge to merge more as `growth` says. `keep_moments`
+    hands the optimizer's moments of a factor to the one that takes its place.
+    Units: `merge_interval` in steps, and for the schedule LINEAR `growth` too.
+    """
+
+    start: LoqtStart | None = None
+    rank: int | None = None
+    scale: float | None = None
+    compensation_steps: int | None = None
+    schedule: LoqtSchedule | None = None
+    merge_interval: int | None = None
+    growth: float | None = None
+    decomposition: LoqtDecomposition | None = None
+    optimizer: LoqtOptimizer | None = None
+    keep_moments: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LoramAlignment:
     """Train the whole pruned base on plain text first; `dataset` is a digest.
 
+    Semantics: by LoQT where `loqt` is given, whose `start` is then left out; else every weight in float32.
     Units: `batch_size` in samples.
     """
 
@@ -150,6 +205,7 @@ class LoramAlignment:
     steps: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
+    loqt: LoqtSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +227,7 @@ class LoramSettings:
     alignment: LoramAlignment | None = None
 
 
-MethodSettings = LoraSettings | S2ftSettings | GoatSettings | LoramSettings
+MethodSettings = LoraSettings | S2ftSettings | GoatSettings | LoramSettings | LoqtSettings
 """What says the method of a spec."""
 
 METHODS_OF_SETTINGS: Mapping[type[MethodSettings], TrainingMethod] = {
@@ -179,4 +235,5 @@ METHODS_OF_SETTINGS: Mapping[type[MethodSettings], TrainingMethod] = {
     S2ftSettings: TrainingMethod.S2FT,
     GoatSettings: TrainingMethod.GOAT,
     LoramSettings: TrainingMethod.LORAM,
+    LoqtSettings: TrainingMethod.LOQT,
 }

@@ -45,7 +45,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What an adapter must reach on held-out data before it is published.
+    """What an adapter, or a base, must reach on held-out data before it is published, or kept.
 
     Semantics: `dataset` is a digest; empty holds out a part of what is trained on. The loss after must be at most
     `max_loss_ratio` times the loss before, and `min_exact_match` the share of answers that are exactly right.
@@ -70,15 +70,15 @@ class PublishSettings:
 class TrainingSpec:
     """What a job shall do: train by the method of `settings` on a dataset, measure, and publish.
 
-    Semantics: `dataset` is a digest. `quantization` is how the base is held, `none` or `nf4`; None is as it is served.
-    At most one of `steps` and `epochs` is given. `settings` is None in an answer only, for a method that this client
-    does not know.
+    Semantics: `dataset` is a digest. `quantization` is how the base is held, `none` or `nf4`; None is as it is served,
+    and `nf4` for LoQT. At most one of `steps` and `epochs` is given. `publish` is None for LoQT, which makes a base.
+    `settings` is None in an answer only, for a method that this client does not know.
     Units: `batch_size` and `micro_batch_size` in samples, `max_length` in tokens, `checkpoint_steps` in steps.
     """
 
     dataset: str
     settings: MethodSettings | None
-    publish: PublishSettings
+    publish: PublishSettings | None = None
     quantization: str | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -95,3 +95,8 @@ class TrainingSpec:
     def method(self) -> TrainingMethod | None:
         """Return the method that the settings are of."""
         return None if self.settings is None else METHODS_OF_SETTINGS.get(type(self.settings))
+
+    @property
+    def adapter_name(self) -> str:
+        """Return which adapter gets a new version; empty where none does."""
+        return "" if self.publish is None else self.publish.adapter_name

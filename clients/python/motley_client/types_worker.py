@@ -40,7 +40,8 @@ class LeasedJob:
     """A job as a worker needs it.
 
     Semantics: `spec` is the whole TrainingSpec as JSON, under the proto's names, without the fields that are unset; the
-    fields beside it are read out of it. `datasets` are digests, each once, and `reads` the adapters to download.
+    fields beside it are read out of it. `datasets` are digests, each once, and `reads` the adapters to download;
+    `adapter_name` is None for a job that publishes nothing.
     """
 
     id: str
@@ -48,7 +49,7 @@ class LeasedJob:
     base_fingerprint: str
     datasets: tuple[str, ...]
     reads: tuple[str, ...]
-    adapter_name: str
+    adapter_name: str | None
     aliases: tuple[str, ...]
     labels: Mapping[str, str] = field(hash=False)
     spec: Mapping[str, Any] = field(hash=False)

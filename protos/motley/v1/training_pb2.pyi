@@ -60,6 +60,8 @@ class _TrainingMethodEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     TRAINING_METHOD_GOAT: _TrainingMethod.ValueType  # 3
     TRAINING_METHOD_LORAM: _TrainingMethod.ValueType  # 4
     """Over an NF4 base, which is `quantization`, this is QLoRAM."""
+    TRAINING_METHOD_LOQT: _TrainingMethod.ValueType  # 5
+    """Makes a base and no adapter, by a worker that has a place for bases."""
 
 class TrainingMethod(_TrainingMethod, metaclass=_TrainingMethodEnumTypeWrapper):
     """How an adapter is trained, which is also its kind."""
@@ -70,6 +72,8 @@ TRAINING_METHOD_S2FT: TrainingMethod.ValueType  # 2
 TRAINING_METHOD_GOAT: TrainingMethod.ValueType  # 3
 TRAINING_METHOD_LORAM: TrainingMethod.ValueType  # 4
 """Over an NF4 base, which is `quantization`, this is QLoRAM."""
+TRAINING_METHOD_LOQT: TrainingMethod.ValueType  # 5
+"""Makes a base and no adapter, by a worker that has a place for bases."""
 Global___TrainingMethod: typing_extensions.TypeAlias = TrainingMethod
 
 class _ChannelScore:
@@ -262,6 +266,106 @@ LORAM_PRUNING_SEMI_STRUCTURED: LoramPruning.ValueType  # 4
 """As UNSTRUCTURED, so many of every so many weights of a row."""
 Global___LoramPruning: typing_extensions.TypeAlias = LoramPruning
 
+class _LoqtStart:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoqtStartEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoqtStart.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LOQT_START_UNSPECIFIED: _LoqtStart.ValueType  # 0
+    """BASE."""
+    LOQT_START_BASE: _LoqtStart.ValueType  # 1
+    """The base that is served, on from where it is."""
+    LOQT_START_SCRATCH: _LoqtStart.ValueType  # 2
+    """Weights drawn by the seed, of the served base's architecture and under its tokenizer."""
+
+class LoqtStart(_LoqtStart, metaclass=_LoqtStartEnumTypeWrapper):
+    """What LoQT trains."""
+
+LOQT_START_UNSPECIFIED: LoqtStart.ValueType  # 0
+"""BASE."""
+LOQT_START_BASE: LoqtStart.ValueType  # 1
+"""The base that is served, on from where it is."""
+LOQT_START_SCRATCH: LoqtStart.ValueType  # 2
+"""Weights drawn by the seed, of the served base's architecture and under its tokenizer."""
+Global___LoqtStart: typing_extensions.TypeAlias = LoqtStart
+
+class _LoqtSchedule:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoqtScheduleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoqtSchedule.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LOQT_SCHEDULE_UNSPECIFIED: _LoqtSchedule.ValueType  # 0
+    """EXPONENTIAL."""
+    LOQT_SCHEDULE_EXPONENTIAL: _LoqtSchedule.ValueType  # 1
+    """After `merge_interval` steps, and from then on every `merge_interval` and the whole part of `growth` to the power of the merges so far."""
+    LOQT_SCHEDULE_STATIC: _LoqtSchedule.ValueType  # 2
+    """Every `merge_interval` steps."""
+    LOQT_SCHEDULE_LINEAR: _LoqtSchedule.ValueType  # 3
+    """As STATIC, each interval longer than the one before by `growth` steps."""
+    LOQT_SCHEDULE_NEVER: _LoqtSchedule.ValueType  # 4
+    """Before the first step alone, where the factors are first chosen."""
+
+class LoqtSchedule(_LoqtSchedule, metaclass=_LoqtScheduleEnumTypeWrapper):
+    """When LoQT merges its low-rank factors into the weights."""
+
+LOQT_SCHEDULE_UNSPECIFIED: LoqtSchedule.ValueType  # 0
+"""EXPONENTIAL."""
+LOQT_SCHEDULE_EXPONENTIAL: LoqtSchedule.ValueType  # 1
+"""After `merge_interval` steps, and from then on every `merge_interval` and the whole part of `growth` to the power of the merges so far."""
+LOQT_SCHEDULE_STATIC: LoqtSchedule.ValueType  # 2
+"""Every `merge_interval` steps."""
+LOQT_SCHEDULE_LINEAR: LoqtSchedule.ValueType  # 3
+"""As STATIC, each interval longer than the one before by `growth` steps."""
+LOQT_SCHEDULE_NEVER: LoqtSchedule.ValueType  # 4
+"""Before the first step alone, where the factors are first chosen."""
+Global___LoqtSchedule: typing_extensions.TypeAlias = LoqtSchedule
+
+class _LoqtDecomposition:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoqtDecompositionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoqtDecomposition.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LOQT_DECOMPOSITION_UNSPECIFIED: _LoqtDecomposition.ValueType  # 0
+    """SVD."""
+    LOQT_DECOMPOSITION_SVD: _LoqtDecomposition.ValueType  # 1
+    LOQT_DECOMPOSITION_EIGH: _LoqtDecomposition.ValueType  # 2
+    """The eigenvectors of the gradient's smaller Gram matrix."""
+
+class LoqtDecomposition(_LoqtDecomposition, metaclass=_LoqtDecompositionEnumTypeWrapper):
+    """How LoQT finds the directions of a gradient."""
+
+LOQT_DECOMPOSITION_UNSPECIFIED: LoqtDecomposition.ValueType  # 0
+"""SVD."""
+LOQT_DECOMPOSITION_SVD: LoqtDecomposition.ValueType  # 1
+LOQT_DECOMPOSITION_EIGH: LoqtDecomposition.ValueType  # 2
+"""The eigenvectors of the gradient's smaller Gram matrix."""
+Global___LoqtDecomposition: typing_extensions.TypeAlias = LoqtDecomposition
+
+class _LoqtOptimizer:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoqtOptimizerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoqtOptimizer.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LOQT_OPTIMIZER_UNSPECIFIED: _LoqtOptimizer.ValueType  # 0
+    """ADAMW."""
+    LOQT_OPTIMIZER_ADAMW: _LoqtOptimizer.ValueType  # 1
+    LOQT_OPTIMIZER_ADAMW_8BIT: _LoqtOptimizer.ValueType  # 2
+    """With both moments in 8 bits."""
+
+class LoqtOptimizer(_LoqtOptimizer, metaclass=_LoqtOptimizerEnumTypeWrapper):
+    """What LoQT's steps are taken by."""
+
+LOQT_OPTIMIZER_UNSPECIFIED: LoqtOptimizer.ValueType  # 0
+"""ADAMW."""
+LOQT_OPTIMIZER_ADAMW: LoqtOptimizer.ValueType  # 1
+LOQT_OPTIMIZER_ADAMW_8BIT: LoqtOptimizer.ValueType  # 2
+"""With both moments in 8 bits."""
+Global___LoqtOptimizer: typing_extensions.TypeAlias = LoqtOptimizer
+
 class _LearningRateSchedule:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -320,7 +424,7 @@ class _JobStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     JOB_STATE_QUEUED: _JobState.ValueType  # 1
     JOB_STATE_RUNNING: _JobState.ValueType  # 2
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 3
-    """Its adapter is published."""
+    """Its adapter is published, or its base made."""
     JOB_STATE_REJECTED: _JobState.ValueType  # 4
     """Trained, but its gate was not passed; nothing is published."""
     JOB_STATE_FAILED: _JobState.ValueType  # 5
@@ -333,7 +437,7 @@ JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 JOB_STATE_QUEUED: JobState.ValueType  # 1
 JOB_STATE_RUNNING: JobState.ValueType  # 2
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 3
-"""Its adapter is published."""
+"""Its adapter is published, or its base made."""
 JOB_STATE_REJECTED: JobState.ValueType  # 4
 """Trained, but its gate was not passed; nothing is published."""
 JOB_STATE_FAILED: JobState.ValueType  # 5
@@ -790,6 +894,69 @@ class GoatSettings(google.protobuf.message.Message):
 Global___GoatSettings: typing_extensions.TypeAlias = GoatSettings
 
 @typing.final
+class LoqtSettings(google.protobuf.message.Message):
+    """Training of a whole base whose Linears are held in NF4, one low-rank factor of each at a time: a spec's `quantization` is `nf4` unless set, and `none`
+    holds them as they are. The embeddings, the norms and lm_head are trained as they are.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    START_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    SCALE_FIELD_NUMBER: builtins.int
+    COMPENSATION_STEPS_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    MERGE_INTERVAL_FIELD_NUMBER: builtins.int
+    GROWTH_FIELD_NUMBER: builtins.int
+    DECOMPOSITION_FIELD_NUMBER: builtins.int
+    OPTIMIZER_FIELD_NUMBER: builtins.int
+    KEEP_MOMENTS_FIELD_NUMBER: builtins.int
+    start: Global___LoqtStart.ValueType
+    rank: builtins.int
+    """A quarter of the hidden size unless set; at most the smaller side of every Linear."""
+    scale: builtins.float
+    """What the product of the factors is multiplied by: 0.5 unless set."""
+    compensation_steps: builtins.int
+    """Rounds in which a new factor takes up what quantizing loses: 5 unless set; with 0 it begins at zero."""
+    schedule: Global___LoqtSchedule.ValueType
+    merge_interval: builtins.int
+    """Steps: 100 unless set."""
+    growth: builtins.float
+    """1.2 unless set for EXPONENTIAL, 100 for LINEAR."""
+    decomposition: Global___LoqtDecomposition.ValueType
+    optimizer: Global___LoqtOptimizer.ValueType
+    keep_moments: builtins.bool
+    """Keep the optimizer's moments of a factor when it begins anew at a merge. They are of the factor before it."""
+    def __init__(
+        self,
+        *,
+        start: Global___LoqtStart.ValueType = ...,
+        rank: builtins.int | None = ...,
+        scale: builtins.float | None = ...,
+        compensation_steps: builtins.int | None = ...,
+        schedule: Global___LoqtSchedule.ValueType = ...,
+        merge_interval: builtins.int | None = ...,
+        growth: builtins.float | None = ...,
+        decomposition: Global___LoqtDecomposition.ValueType = ...,
+        optimizer: Global___LoqtOptimizer.ValueType = ...,
+        keep_moments: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_compensation_steps", b"_compensation_steps", "_growth", b"_growth", "_merge_interval", b"_merge_interval", "_rank", b"_rank", "_scale", b"_scale", "compensation_steps", b"compensation_steps", "growth", b"growth", "merge_interval", b"merge_interval", "rank", b"rank", "scale", b"scale"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_compensation_steps", b"_compensation_steps", "_growth", b"_growth", "_merge_interval", b"_merge_interval", "_rank", b"_rank", "_scale", b"_scale", "compensation_steps", b"compensation_steps", "decomposition", b"decomposition", "growth", b"growth", "keep_moments", b"keep_moments", "merge_interval", b"merge_interval", "optimizer", b"optimizer", "rank", b"rank", "scale", b"scale", "schedule", b"schedule", "start", b"start"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_compensation_steps", b"_compensation_steps"]) -> typing.Literal["compensation_steps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_growth", b"_growth"]) -> typing.Literal["growth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_merge_interval", b"_merge_interval"]) -> typing.Literal["merge_interval"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rank", b"_rank"]) -> typing.Literal["rank"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_scale", b"_scale"]) -> typing.Literal["scale"] | None: ...
+
+Global___LoqtSettings: typing_extensions.TypeAlias = LoqtSettings
+
+@typing.final
 class LoramAlignment(google.protobuf.message.Message):
     """Training of the whole pruned base on plain text, before the adapter is trained on it."""
 
@@ -799,6 +966,7 @@ class LoramAlignment(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     BATCH_SIZE_FIELD_NUMBER: builtins.int
+    LOQT_FIELD_NUMBER: builtins.int
     dataset: builtins.str
     """The digest of a dataset of plain text."""
     steps: builtins.int
@@ -807,6 +975,10 @@ class LoramAlignment(google.protobuf.message.Message):
     """5e-5 unless set; its schedule is cosine, after a tenth of the steps."""
     batch_size: builtins.int
     """Samples a step; 16 unless set."""
+    @property
+    def loqt(self) -> Global___LoqtSettings:
+        """Trained by LoQT; unset: every weight in float32. Its `start` is not set."""
+
     def __init__(
         self,
         *,
@@ -814,9 +986,10 @@ class LoramAlignment(google.protobuf.message.Message):
         steps: builtins.int | None = ...,
         learning_rate: builtins.float | None = ...,
         batch_size: builtins.int | None = ...,
+        loqt: Global___LoqtSettings | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "steps", b"steps"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "dataset", b"dataset", "learning_rate", b"learning_rate", "steps", b"steps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "loqt", b"loqt", "steps", b"steps"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "dataset", b"dataset", "learning_rate", b"learning_rate", "loqt", b"loqt", "steps", b"steps"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
@@ -1011,6 +1184,7 @@ class TrainingSpec(google.protobuf.message.Message):
     S2FT_FIELD_NUMBER: builtins.int
     GOAT_FIELD_NUMBER: builtins.int
     LORAM_FIELD_NUMBER: builtins.int
+    LOQT_FIELD_NUMBER: builtins.int
     QUANTIZATION_FIELD_NUMBER: builtins.int
     STEPS_FIELD_NUMBER: builtins.int
     EPOCHS_FIELD_NUMBER: builtins.int
@@ -1050,11 +1224,15 @@ class TrainingSpec(google.protobuf.message.Message):
     @property
     def loram(self) -> Global___LoramSettings: ...
     @property
+    def loqt(self) -> Global___LoqtSettings: ...
+    @property
     def optimizer(self) -> Global___OptimizerSettings: ...
     @property
     def gate(self) -> Global___Gate: ...
     @property
-    def publish(self) -> Global___PublishSettings: ...
+    def publish(self) -> Global___PublishSettings:
+        """Unset for LOQT, which publishes nothing."""
+
     def __init__(
         self,
         *,
@@ -1064,6 +1242,7 @@ class TrainingSpec(google.protobuf.message.Message):
         s2ft: Global___S2ftSettings | None = ...,
         goat: Global___GoatSettings | None = ...,
         loram: Global___LoramSettings | None = ...,
+        loqt: Global___LoqtSettings | None = ...,
         quantization: builtins.str = ...,
         steps: builtins.int = ...,
         epochs: builtins.float = ...,
@@ -1077,8 +1256,8 @@ class TrainingSpec(google.protobuf.message.Message):
         gate: Global___Gate | None = ...,
         publish: Global___PublishSettings | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "goat", b"goat", "lora", b"lora", "loram", b"loram", "max_length", b"max_length", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "publish", b"publish", "s2ft", b"s2ft", "steps", b"steps"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dataset", b"dataset", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "goat", b"goat", "lora", b"lora", "loram", b"loram", "max_length", b"max_length", "method", b"method", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "over_length", b"over_length", "publish", b"publish", "quantization", b"quantization", "s2ft", b"s2ft", "seed", b"seed", "steps", b"steps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "goat", b"goat", "loqt", b"loqt", "lora", b"lora", "loram", b"loram", "max_length", b"max_length", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "publish", b"publish", "s2ft", b"s2ft", "steps", b"steps"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_checkpoint_steps", b"_checkpoint_steps", "_max_length", b"_max_length", "_micro_batch_size", b"_micro_batch_size", "batch_size", b"batch_size", "checkpoint_steps", b"checkpoint_steps", "dataset", b"dataset", "duration", b"duration", "epochs", b"epochs", "gate", b"gate", "goat", b"goat", "loqt", b"loqt", "lora", b"lora", "loram", b"loram", "max_length", b"max_length", "method", b"method", "method_settings", b"method_settings", "micro_batch_size", b"micro_batch_size", "optimizer", b"optimizer", "over_length", b"over_length", "publish", b"publish", "quantization", b"quantization", "s2ft", b"s2ft", "seed", b"seed", "steps", b"steps"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
@@ -1090,7 +1269,7 @@ class TrainingSpec(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["duration", b"duration"]) -> typing.Literal["steps", "epochs"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["method_settings", b"method_settings"]) -> typing.Literal["lora", "s2ft", "goat", "loram"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["method_settings", b"method_settings"]) -> typing.Literal["lora", "s2ft", "goat", "loram", "loqt"] | None: ...
 
 Global___TrainingSpec: typing_extensions.TypeAlias = TrainingSpec
 
@@ -1135,7 +1314,7 @@ Global___TrainingProgress: typing_extensions.TypeAlias = TrainingProgress
 
 @typing.final
 class Evaluation(google.protobuf.message.Message):
-    """Of the held-out samples on the base, without the adapter and with it."""
+    """Of the held-out samples on the base, without the adapter and with it; of LOQT on the base that it was, and on the one that was made."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1274,6 +1453,78 @@ class RoutingReport(google.protobuf.message.Message):
 Global___RoutingReport: typing_extensions.TypeAlias = RoutingReport
 
 @typing.final
+class LoqtMerge(google.protobuf.message.Message):
+    """LoQT's factors became a part of the weights, and others took their place."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """Steps taken before it."""
+    digest: builtins.str
+    """`sha256:` and 64 hex digits over all weights as they were right after it."""
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        digest: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "step", b"step"]) -> None: ...
+
+Global___LoqtMerge: typing_extensions.TypeAlias = LoqtMerge
+
+@typing.final
+class LoqtMerges(google.protobuf.message.Message):
+    """Since the last report."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MERGES_FIELD_NUMBER: builtins.int
+    @property
+    def merges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LoqtMerge]: ...
+    def __init__(
+        self,
+        *,
+        merges: collections.abc.Iterable[Global___LoqtMerge] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["merges", b"merges"]) -> None: ...
+
+Global___LoqtMerges: typing_extensions.TypeAlias = LoqtMerges
+
+@typing.final
+class TrainedBase(google.protobuf.message.Message):
+    """A base that a job has made. Adapters of the base before it are refused by it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    FINGERPRINT_FIELD_NUMBER: builtins.int
+    ORIGINAL_FINGERPRINT_FIELD_NUMBER: builtins.int
+    NUM_MERGES_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    """Where it lies, at the worker."""
+    fingerprint: builtins.str
+    """As a server that serves it tells it."""
+    original_fingerprint: builtins.str
+    """Of the base that it was trained from; empty for one from scratch."""
+    num_merges: builtins.int
+    size_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        fingerprint: builtins.str = ...,
+        original_fingerprint: builtins.str = ...,
+        num_merges: builtins.int = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "fingerprint", b"fingerprint", "num_merges", b"num_merges", "original_fingerprint", b"original_fingerprint", "size_bytes", b"size_bytes"]) -> None: ...
+
+Global___TrainedBase: typing_extensions.TypeAlias = TrainedBase
+
+@typing.final
 class JobEvent(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1287,6 +1538,8 @@ class JobEvent(google.protobuf.message.Message):
     PUBLISHED_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
     ROUTING_FIELD_NUMBER: builtins.int
+    MERGES_FIELD_NUMBER: builtins.int
+    BASE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Starts at 1 and grows by one."""
     checkpoint_step: builtins.int
@@ -1309,6 +1562,12 @@ class JobEvent(google.protobuf.message.Message):
     def routing(self) -> Global___RoutingReport:
         """With each checkpoint, where experts are trained."""
 
+    @property
+    def merges(self) -> Global___LoqtMerges:
+        """With a checkpoint, where LoQT has merged."""
+
+    @property
+    def base(self) -> Global___TrainedBase: ...
     def __init__(
         self,
         *,
@@ -1322,10 +1581,12 @@ class JobEvent(google.protobuf.message.Message):
         published: motley.v1.adapter_pb2.AdapterVersion | None = ...,
         stage: builtins.str = ...,
         routing: Global___RoutingReport | None = ...,
+        merges: Global___LoqtMerges | None = ...,
+        base: Global___TrainedBase | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "progress", b"progress", "published", b"published", "routing", b"routing", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "progress", b"progress", "published", b"published", "routing", b"routing", "sequence", b"sequence", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["state_change", "progress", "data", "checkpoint_step", "evaluation", "published", "stage", "routing"] | None: ...
+    def HasField(self, field_name: typing.Literal["base", b"base", "checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "merges", b"merges", "progress", b"progress", "published", b"published", "routing", b"routing", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base", b"base", "checkpoint_step", b"checkpoint_step", "data", b"data", "evaluation", b"evaluation", "event", b"event", "merges", b"merges", "progress", b"progress", "published", b"published", "routing", b"routing", "sequence", b"sequence", "stage", b"stage", "state_change", b"state_change", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["state_change", "progress", "data", "checkpoint_step", "evaluation", "published", "stage", "routing", "merges", "base"] | None: ...
 
 Global___JobEvent: typing_extensions.TypeAlias = JobEvent
 
@@ -1350,6 +1611,7 @@ class TrainingJob(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: builtins.int
     BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    BASE_FIELD_NUMBER: builtins.int
     id: builtins.str
     state: Global___JobState.ValueType
     reason: builtins.str
@@ -1382,6 +1644,10 @@ class TrainingJob(google.protobuf.message.Message):
     def version(self) -> motley.v1.adapter_pb2.AdapterVersion:
         """What was published."""
 
+    @property
+    def base(self) -> Global___TrainedBase:
+        """What LOQT has made."""
+
     def __init__(
         self,
         *,
@@ -1402,9 +1668,10 @@ class TrainingJob(google.protobuf.message.Message):
         version: motley.v1.adapter_pb2.AdapterVersion | None = ...,
         last_sequence: builtins.int = ...,
         base_fingerprint: builtins.str = ...,
+        base: Global___TrainedBase | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "data", b"data", "end_time", b"end_time", "evaluation", b"evaluation", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "base_fingerprint", b"base_fingerprint", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "evaluation", b"evaluation", "id", b"id", "last_sequence", b"last_sequence", "message", b"message", "progress", b"progress", "reason", b"reason", "spec", b"spec", "start_time", b"start_time", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["base", b"base", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "evaluation", b"evaluation", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "base", b"base", "base_fingerprint", b"base_fingerprint", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "evaluation", b"evaluation", "id", b"id", "last_sequence", b"last_sequence", "message", b"message", "progress", b"progress", "reason", b"reason", "spec", b"spec", "start_time", b"start_time", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
 
 Global___TrainingJob: typing_extensions.TypeAlias = TrainingJob
 

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class TrainingServiceStub(object):
     """Makes adapters from tenants' data: datasets are uploaded, jobs are queued, workers train them, and what passes its gate is published through
-    the same door as any upload.
+    the same door as any upload. LoQT makes a base, which stays where its worker is.
 
     Every RPC: UNAUTHENTICATED, PERMISSION_DENIED (wrong role), NOT_FOUND with the same text for what is missing and what is not yours,
     UNAVAILABLE while draining, UNIMPLEMENTED where training is switched off. Mutations are idempotent by `request_id` for a day: the same id with other
@@ -94,7 +94,7 @@ class TrainingServiceStub(object):
 
 class TrainingServiceServicer(object):
     """Makes adapters from tenants' data: datasets are uploaded, jobs are queued, workers train them, and what passes its gate is published through
-    the same door as any upload.
+    the same door as any upload. LoQT makes a base, which stays where its worker is.
 
     Every RPC: UNAUTHENTICATED, PERMISSION_DENIED (wrong role), NOT_FOUND with the same text for what is missing and what is not yours,
     UNAVAILABLE while draining, UNIMPLEMENTED where training is switched off. Mutations are idempotent by `request_id` for a day: the same id with other
@@ -238,7 +238,7 @@ def add_TrainingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TrainingService(object):
     """Makes adapters from tenants' data: datasets are uploaded, jobs are queued, workers train them, and what passes its gate is published through
-    the same door as any upload.
+    the same door as any upload. LoQT makes a base, which stays where its worker is.
 
     Every RPC: UNAUTHENTICATED, PERMISSION_DENIED (wrong role), NOT_FOUND with the same text for what is missing and what is not yours,
     UNAVAILABLE while draining, UNIMPLEMENTED where training is switched off. Mutations are idempotent by `request_id` for a day: the same id with other
@@ -585,7 +585,7 @@ class WorkerServiceServicer(object):
 
     def ReportJob(self, request, context):
         """Tells what happened and keeps the lease. What was reported before is not taken twice. INVALID_ARGUMENT, FAILED_PRECONDITION (SUCCEEDED without a
-        publication by this job).
+        publication by this job, or a base that it made).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

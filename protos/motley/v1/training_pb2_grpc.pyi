@@ -187,7 +187,7 @@ _TrainingServiceGetTrainingCapabilitiesType = typing_extensions.TypeVar(
 
 class TrainingServiceStub(typing.Generic[_TrainingServiceUploadDatasetType, _TrainingServiceGetDatasetType, _TrainingServiceListDatasetsType, _TrainingServiceDeleteDatasetType, _TrainingServiceCreateTrainingJobType, _TrainingServiceGetTrainingJobType, _TrainingServiceListTrainingJobsType, _TrainingServiceCancelTrainingJobType, _TrainingServiceWatchTrainingJobType, _TrainingServiceGetTrainingCapabilitiesType]):
     """Makes adapters from tenants' data: datasets are uploaded, jobs are queued, workers train them, and what passes its gate is published through
-    the same door as any upload.
+    the same door as any upload. LoQT makes a base, which stays where its worker is.
 
     Every RPC: UNAUTHENTICATED, PERMISSION_DENIED (wrong role), NOT_FOUND with the same text for what is missing and what is not yours,
     UNAVAILABLE while draining, UNIMPLEMENTED where training is switched off. Mutations are idempotent by `request_id` for a day: the same id with other
@@ -363,7 +363,7 @@ TrainingServiceAsyncStub: typing_extensions.TypeAlias = TrainingServiceStub[
 
 class TrainingServiceServicer(metaclass=abc.ABCMeta):
     """Makes adapters from tenants' data: datasets are uploaded, jobs are queued, workers train them, and what passes its gate is published through
-    the same door as any upload.
+    the same door as any upload. LoQT makes a base, which stays where its worker is.
 
     Every RPC: UNAUTHENTICATED, PERMISSION_DENIED (wrong role), NOT_FOUND with the same text for what is missing and what is not yours,
     UNAVAILABLE while draining, UNIMPLEMENTED where training is switched off. Mutations are idempotent by `request_id` for a day: the same id with other
@@ -585,7 +585,7 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceRegisterWorkerType, _Worker
 
     ReportJob: _WorkerServiceReportJobType
     """Tells what happened and keeps the lease. What was reported before is not taken twice. INVALID_ARGUMENT, FAILED_PRECONDITION (SUCCEEDED without a
-    publication by this job).
+    publication by this job, or a base that it made).
     """
 
 WorkerServiceAsyncStub: typing_extensions.TypeAlias = WorkerServiceStub[
@@ -650,7 +650,7 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[motley.v1.training_pb2.ReportJobResponse, collections.abc.Awaitable[motley.v1.training_pb2.ReportJobResponse]]:
         """Tells what happened and keeps the lease. What was reported before is not taken twice. INVALID_ARGUMENT, FAILED_PRECONDITION (SUCCEEDED without a
-        publication by this job).
+        publication by this job, or a base that it made).
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

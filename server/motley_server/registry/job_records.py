@@ -1,7 +1,7 @@
 """What is kept of training jobs, their events, workers and leases, as plain values without SQL and without the wire.
 
-`spec`, `progress`, `data`, `evaluation`, `version` and the bodies of events are JSON texts that the registry keeps and
-does not read.
+`spec`, `progress`, `data`, `evaluation`, `version`, `base` and the bodies of events are JSON texts that the registry
+keeps and does not read.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ OPEN_STATES = (JobState.QUEUED.value, JobState.RUNNING.value)
 class NewJob:
     """A job that is about to be queued: whose, by which key, and what a worker needs to be chosen for it.
 
-    Semantics: `datasets` are digests of the owner's, `reads` the adapters that its worker may download.
+    Semantics: `adapter_name` is what it publishes, None if that is nothing; `datasets` are digests of the owner's,
+    `reads` the adapters that its worker may download.
     """
 
     owner: str
     created_by: str
     method: str
-    adapter_name: str
+    adapter_name: str | None
     datasets: tuple[str, ...]
     reads: tuple[str, ...]
     base_fingerprint: str
@@ -58,7 +59,7 @@ class JobRecord:
     owner: str
     created_by: str
     method: str
-    adapter_name: str
+    adapter_name: str | None
     datasets: tuple[str, ...]
     reads: tuple[str, ...]
     base_fingerprint: str
@@ -76,6 +77,7 @@ class JobRecord:
     data: str | None
     evaluation: str | None
     version: str | None
+    base: str | None
     last_sequence: int
 
 
@@ -142,7 +144,7 @@ class LeaseScope:
     job_id: str
     owner: str
     created_by: str
-    adapter_name: str
+    adapter_name: str | None
     upload_id: str
     datasets: tuple[str, ...]
     reads: tuple[str, ...]

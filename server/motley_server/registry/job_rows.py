@@ -23,8 +23,9 @@ from motley_server.registry.schema import from_microseconds, job_events, jobs, t
 
 MAX_PROGRESS_EVENTS = 1000
 MAX_ROUTING_EVENTS = 100  # of which one has a number for every expert of every Linear
+MAX_MERGES_EVENTS = 1000  # of which one has what was merged from one checkpoint to the next
 MAX_MESSAGE_CHARACTERS = 4000
-PROGRESS, ROUTING = "progress", "routing"
+PROGRESS, ROUTING, MERGES = "progress", "routing", "merges"
 STATE_CHANGE = "state_change"
 
 _ID = re.compile(r"job-[0-9a-f]{16}")
@@ -79,7 +80,7 @@ def job_answered(answer: Answer) -> JobRecord:
 
 
 def append_events(connection: Connection, job_id: str, now: datetime, events: Sequence[NewEvent]) -> None:
-    """Give events the next numbers of a job, and forget its oldest progress and routing where there is too much."""
+    """Give events the next numbers of a job, and forget its oldest of a kind that there is too much of."""
     if not events:
         return
     is_job = jobs.c.id == job_id
@@ -90,7 +91,7 @@ def append_events(connection: Connection, job_id: str, now: datetime, events: Se
     ]
     connection.execute(job_events.insert(), rows)
     connection.execute(update(jobs).where(is_job).values(last_sequence=last + len(rows)))
-    for kind, most in ((PROGRESS, MAX_PROGRESS_EVENTS), (ROUTING, MAX_ROUTING_EVENTS)):
+    for kind, most in ((PROGRESS, MAX_PROGRESS_EVENTS), (ROUTING, MAX_ROUTING_EVENTS), (MERGES, MAX_MERGES_EVENTS)):
         if any(event.kind == kind for event in events):
             _thin_out(connection, job_id, kind, most)
 

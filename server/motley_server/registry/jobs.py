@@ -42,7 +42,7 @@ class Jobs:
     def create(
         self, new: NewJob, quota: Quota, adapter_bytes: int = 0, *, request_id: str = "", scope: str = ""
     ) -> JobRecord:
-        """Queue a job, whose adapter will have at least so many bytes.
+        """Queue a job, whose adapter, if it publishes one, will have at least so many bytes.
 
         Semantics: two requests are the same if owner and spec are: what the server made of the spec may differ by then.
         Raises: InvalidArgumentError (reason=INVALID_ADAPTER_NAME or INVALID_REQUEST_ID); NotFoundError
@@ -50,7 +50,8 @@ class Jobs:
         (reason=QUOTA_TRAINING_JOBS, or as `check_room`: what could not be published as things stand is not trained);
         AlreadyExistsError (reason=REQUEST_ID_REUSED).
         """
-        check_adapter_name(new.adapter_name)
+        if new.adapter_name is not None:
+            check_adapter_name(new.adapter_name)
         request = Request.of("jobs.create", scope, request_id, owner=new.owner, spec=new.spec)
         with self._database.writing() as connection:
             now = self._database.now()
@@ -62,7 +63,8 @@ class Jobs:
                 if find_dataset(connection, new.owner, digest) is None:
                     raise dataset_not_found(f"datasets[{number}]")
             check_room_for_job(connection, new.owner, quota)
-            check_room(connection, new.owner, new.adapter_name, adapter_bytes, quota)
+            if new.adapter_name is not None:
+                check_room(connection, new.owner, new.adapter_name, adapter_bytes, quota)
             job_id = f"job-{secrets.token_hex(ID_BYTES)}"
             blank = {
                 "reason": "",

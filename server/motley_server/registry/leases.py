@@ -38,7 +38,7 @@ from motley_server.registry.workers import note_seen, require_worker
 ID_BYTES = 8
 SECRET_BYTES = 32
 SEEN_EVERY = timedelta(seconds=10)
-LATEST = frozenset({"progress", "data", "evaluation", "version"})
+LATEST = frozenset({"progress", "data", "evaluation", "version", "base"})
 
 _TEXT = re.compile(r"mj_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[0-9a-f]{16}")

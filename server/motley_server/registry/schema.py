@@ -34,7 +34,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from motley_server.registry.names import LOCAL_TENANT
 
-VERSION = 4
+VERSION = 5
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -221,7 +221,7 @@ jobs = Table(
     Column("owner", _Id, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
     Column("created_by", Text, nullable=False),
     Column("method", String(16), nullable=False),
-    Column("adapter_name", _Id, nullable=False),
+    Column("adapter_name", _Id),
     Column("datasets", JSON, nullable=False),
     Column("reads", JSON, nullable=False),
     Column("base_fingerprint", Text, nullable=False),
@@ -241,6 +241,7 @@ jobs = Table(
     Column("data", Text),
     Column("evaluation", Text),
     Column("version", Text),
+    Column("base", Text),
     Column("last_sequence", BigInteger, nullable=False),
     Index("jobs_by_owner", "owner", "created_at", "id"),
     Index("jobs_by_state", "state", "created_at", "id"),

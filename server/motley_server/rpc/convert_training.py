@@ -30,8 +30,11 @@ METHODS: Final[Mapping[int, str]] = MappingProxyType({
     training_pb2.TRAINING_METHOD_S2FT: "s2ft",
     training_pb2.TRAINING_METHOD_GOAT: "goat",
     training_pb2.TRAINING_METHOD_LORAM: "loram",
+    training_pb2.TRAINING_METHOD_LOQT: "loqt",
 })  # fmt: skip
 METHOD_NUMBERS: Final[Mapping[str, Any]] = MappingProxyType({method: number for number, method in METHODS.items()})
+MAKE_BASES: Final = frozenset({training_pb2.TRAINING_METHOD_LOQT})
+"""Methods whose jobs make a base, and publish no adapter."""
 STATES: Final[Mapping[int, JobState]] = MappingProxyType({
     training_pb2.JOB_STATE_QUEUED: JobState.QUEUED,
     training_pb2.JOB_STATE_RUNNING: JobState.RUNNING,
@@ -57,6 +60,11 @@ def text_of(message: Message) -> str:
 def spec_of(text: str) -> training_pb2.TrainingSpec:
     """Read a spec that was kept."""
     return _read(text, training_pb2.TrainingSpec())
+
+
+def base_of(text: str) -> training_pb2.TrainedBase:
+    """Read a base that was kept."""
+    return _read(text, training_pb2.TrainedBase())
 
 
 def dataset_to(record: DatasetRecord) -> training_pb2.Dataset:
@@ -90,7 +98,7 @@ def job_to(record: JobRecord) -> training_pb2.TrainingJob:
     )
     for kept, message in (
         (record.progress, job.progress), (record.data, job.data), (record.evaluation, job.evaluation),
-        (record.version, job.version),
+        (record.version, job.version), (record.base, job.base),
     ):  # fmt: skip
         if kept is not None:
             message.SetInParent()

@@ -1,7 +1,7 @@
 """What the token of a lease is good for beyond whether it may call a method: one adapter, one upload, its own reading.
 
 A worker that is mistaken, or worse, can do to the tenant whose job it has nothing but publish that job's adapter, as
-the job says. Pure checks; run on the event loop's thread.
+the job says; of a job that makes a base not even that. Pure checks; run on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def check_adapter(lease: LeaseScope, owner: str, name: str, field: str) -> None:
     Raises: PermissionDeniedError (reason=OUTSIDE_LEASE), as most here.
     """
     if (owner, name) != (lease.owner, lease.adapter_name):
-        raise _outside(f"adapter {f'{owner}/{name}'[:140]!r}", f"adapter {lease.adapter_name!r}", field)
+        allowed = "no adapter" if lease.adapter_name is None else f"adapter {lease.adapter_name!r}"
+        raise _outside(f"adapter {f'{owner}/{name}'[:140]!r}", allowed, field)
 
 
 def check_upload(lease: LeaseScope, upload_id: str, field: str = "upload_id") -> None:

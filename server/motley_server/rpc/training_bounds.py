@@ -20,6 +20,8 @@ MAX_RANK: Final = 4096
 MAX_STEPS: Final = 10**7
 MAX_BATCH: Final = 1 << 16
 MAX_SAMPLES: Final = 1 << 20  # to score channels or weights on
+MAX_COMPENSATION: Final = 100  # rounds
+MAX_GROWTH: Final = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,13 @@ _SAMPLES: Final = Bounds(1, MAX_SAMPLES)
 _NOT_NEGATIVE: Final = Bounds(0, 1e30)
 _BELOW_ONE: Final = Bounds(0, below=1)
 _LORA: Final = {"rank": RANK, "alpha": POSITIVE, "dropout": _BELOW_ONE}
+_LOQT: Final = {
+    "rank": RANK,
+    "scale": POSITIVE,
+    "compensation_steps": Bounds(0, MAX_COMPENSATION),
+    "merge_interval": _COUNT,
+    "growth": Bounds(0, MAX_GROWTH),
+}
 
 # Of fields that were set; what was not has a default that is within.
 BOUNDS: Final[Mapping[str, Bounds]] = MappingProxyType({
@@ -74,6 +83,7 @@ BOUNDS: Final[Mapping[str, Bounds]] = MappingProxyType({
     "loram.alignment.steps": _COUNT,
     "loram.alignment.learning_rate": POSITIVE,
     "loram.alignment.batch_size": Bounds(1, MAX_BATCH),
+    **{f"{place}.{name}": bounds for place in ("loqt", "loram.alignment.loqt") for name, bounds in _LOQT.items()},
     "optimizer.learning_rate": POSITIVE,
     "optimizer.warmup_steps": Bounds(0, MAX_STEPS),
     "optimizer.weight_decay": _NOT_NEGATIVE,

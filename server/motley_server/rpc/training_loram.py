@@ -19,6 +19,7 @@ from motley_server.errors import FailedPreconditionError
 from motley_server.library.sets import read_reference
 from motley_server.rpc.lora_targets import check_targets
 from motley_server.rpc.training_bounds import wrong
+from motley_server.rpc.training_loqt import check_loqt
 
 Settings = training_pb2.LoramSettings
 Sides = tuple[int, int]
@@ -34,12 +35,14 @@ PRUNED_INPUTS: Final = ("self_attn.o_proj", "mlp.down_proj")
 
 STRUCTURED: Final = training_pb2.LORAM_PRUNING_STRUCTURED
 RANDOM: Final = training_pb2.LORAM_PRUNING_RANDOM
+UNSTRUCTURED: Final = training_pb2.LORAM_PRUNING_UNSTRUCTURED
 SEMI_STRUCTURED: Final = training_pb2.LORAM_PRUNING_SEMI_STRUCTURED
+ZEROING: Final = (UNSTRUCTURED, SEMI_STRUCTURED)  # single weights, which stay where they are
 # By pruning, how it is called, and what it has no use for.
 PRUNINGS: Final[Mapping[int, tuple[str, tuple[str, ...]]]] = {
     STRUCTURED: ("structured", ("pattern",)),
     RANDOM: ("random", ("pattern", "calibration_samples")),
-    training_pb2.LORAM_PRUNING_UNSTRUCTURED: ("unstructured", ("pattern",)),
+    UNSTRUCTURED: ("unstructured", ("pattern",)),
     SEMI_STRUCTURED: ("semi-structured", ("ratio",)),
 }
 CUT: Final = ("pruning", "ratio", "layers", "pattern", "calibration_samples")  # which an adapter may say instead
@@ -69,6 +72,24 @@ def check_loram(settings: Settings, base: BaseSpec) -> None:
         message = "alignment makes up for what was pruned, and a ratio of 0 prunes nothing"
         raise wrong("SETTING_NOT_USED", "loram.alignment", message)
     check_targets(settings.lora, base, "loram.lora", sides)
+    if settings.alignment.HasField("loqt"):
+        _check_alignment(settings.alignment.loqt, pruning, base, sides)
+
+
+def _check_alignment(
+    settings: training_pb2.LoqtSettings, pruning: int, base: BaseSpec, sides: Mapping[str, Sides]
+) -> None:
+    """Refuse to align by LoQT what must keep its zeros, and to begin anywhere but at the pruned copy."""
+    if pruning in ZEROING:
+        message = (
+            f"the pruning {PRUNINGS[pruning][0]} sets weights to zero, and loqt trains them all: leave it out, or "
+            "prune heads and channels"
+        )
+        raise wrong("LOQT_FILLS_ZEROS", "loram.alignment.loqt", message)
+    if settings.start:
+        message = "alignment goes on from the pruned copy: leave start out"
+        raise wrong("SETTING_NOT_USED", "loram.alignment.loqt.start", message)
+    check_loqt(settings, base, "loram.alignment.loqt", sides)
 
 
 def _check_idle(settings: Settings, pruning: int) -> None:

@@ -16,7 +16,7 @@ from motley_server.registry.adapters import Adapters
 from motley_server.registry.dataset_records import DatasetFormat
 from motley_server.registry.job_records import JobRecord, NewJob
 from motley_server.registry.ownership import adapter_not_found
-from motley_server.rpc.convert_training import text_of
+from motley_server.rpc.convert_training import MAKE_BASES, text_of
 from motley_server.rpc.training_sizes import least_adapter_bytes
 from motley_server.rpc.training_spec import ALIGNMENT, NamedAdapter, adapters_of, check_spec, datasets_of
 from motley_server.training.opening import Training
@@ -53,7 +53,7 @@ class TrainingOrders:
             owner=caller.tenant_id,
             created_by=caller.key_id,
             method=method,
-            adapter_name=spec.publish.adapter_name,
+            adapter_name=None if spec.method in MAKE_BASES else spec.publish.adapter_name,
             datasets=tuple(named),
             reads=tuple(adapter.name for adapter in read),
             base_fingerprint=self._base.fingerprint,

@@ -19,12 +19,13 @@ from motley_server.registry.aliases import MAX_ALIASES, check_alias
 from motley_server.registry.dataset_records import check_dataset_digest
 from motley_server.registry.labels import MAX_LABELS, check_labels
 from motley_server.registry.ownership import check_adapter_name
-from motley_server.rpc.convert_training import METHODS
+from motley_server.rpc.convert_training import MAKE_BASES, METHODS
 from motley_server.rpc.fields import naming
 from motley_server.rpc.lease_scope import JOB_LABEL
 from motley_server.rpc.lora_targets import check_targets
 from motley_server.rpc.training_bounds import Bounds, check_bounds, wrong
 from motley_server.rpc.training_goat import check_goat
+from motley_server.rpc.training_loqt import check_loqt
 from motley_server.rpc.training_loram import check_loram
 from motley_server.rpc.training_s2ft import check_s2ft
 
@@ -65,7 +66,10 @@ def check_spec(spec: Spec, base: BaseSpec) -> str:
         message = f"{spec.quantization[:40]!r} is neither {' nor '.join(QUANTIZATIONS)}"
         raise wrong("UNKNOWN_QUANTIZATION", "quantization", message)
     _check_settings(spec, method, base)
-    _check_publishing(spec.publish)
+    if spec.method not in MAKE_BASES:
+        _check_publishing(spec.publish)
+    elif spec.HasField("publish"):
+        raise wrong("SETTING_NOT_USED", "publish", f"{method} makes a base, and publishes no adapter")
     return method
 
 
@@ -96,6 +100,8 @@ def _check_settings(spec: Spec, method: str, base: BaseSpec) -> None:
             check_goat(spec.goat, base)
         case "loram":
             check_loram(spec.loram, base)
+        case "loqt":
+            check_loqt(spec.loqt, base)
 
 
 def _check_length(spec: Spec, base: BaseSpec) -> None:

@@ -24,7 +24,7 @@ from motley_server.registry.job_records import JobRecord, JobState, LeaseScope, 
 from motley_server.rpc.call import current_caller
 from motley_server.rpc.convert_adapters import timestamp_to
 from motley_server.rpc.convert_training import METHODS, job_to
-from motley_server.rpc.job_reports import read_report
+from motley_server.rpc.job_reports import made_by, makes_base, read_report
 from motley_server.rpc.lease_scope import check_dataset
 from motley_server.rpc.worker_terms import terms_of
 from motley_server.training.jobs import Told
@@ -104,15 +104,19 @@ class WorkerService(training_pb2_grpc.WorkerServiceServicer):
         """Take in what happened, and keep the lease or end it."""
         caller = current_caller()
         lease = _lease(caller)
-        report = read_report(request)
         job = await self._run(self._training.jobs.get, lease.owner, lease.job_id)
-        if report.ending is not None and report.ending.state is JobState.SUCCEEDED:
+        report = read_report(request, job)
+        has_succeeded = report.ending is not None and report.ending.state is JobState.SUCCEEDED
+        made: dict[str, str] = {}
+        if has_succeeded and makes_base(job):
+            made["base_fingerprint"] = made_by(job, report)
+        elif has_succeeded:
             version = await self._run(find_published, self._adapters, job)
             report = report.with_published(version)
         told = Told(lease.lease_id, report.events, request.num_reported, report.ending, report.latest)
         answer = await self._jobs.report(told, job)
         if report.ending is not None:
-            _write_down("ReportJob", caller, job, worker=lease.worker, state=report.ending.state.value)
+            _write_down("ReportJob", caller, job, worker=lease.worker, state=report.ending.state.value, **made)
         return training_pb2.ReportJobResponse(
             expire_time=timestamp_to(answer.expires_at), cancel_requested=answer.cancel_requested
         )
@@ -142,6 +146,8 @@ def _wait_seconds(duration: Duration) -> float:
 
 
 def _write_down(method: str, caller: Caller, job: JobRecord, **facts: str) -> None:
-    target = {"job": job.id, "tenant_id": job.owner, "adapter_name": job.adapter_name} | facts
+    target = {"job": job.id, "tenant_id": job.owner} | facts
+    if job.adapter_name is not None:
+        target["adapter_name"] = job.adapter_name
     action = ControlAction(f"{_SERVICE}/{method}", "OK", caller.request_id, caller.tenant_id, caller.key_id, target)
     write_down(action)

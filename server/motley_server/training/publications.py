@@ -6,6 +6,8 @@ on the database's threads.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from motley_server.errors import FailedPreconditionError, NotFoundError
 from motley_server.registry.adapters import Adapters
 from motley_server.registry.job_records import JobRecord
@@ -20,12 +22,10 @@ def find_published(adapters: Adapters, job: JobRecord) -> AdapterVersion:
 
     Raises: FailedPreconditionError (reason=NOT_PUBLISHED) if it has made none, or it was deleted.
     """
-    try:
-        newest = adapters.list_versions(job.owner, job.owner, job.adapter_name, NUM_LOOKED_AT).items
-    except NotFoundError:
-        newest = ()
-    for version in newest:
-        if version.created_by == job.id:
-            return version
+    if job.adapter_name is not None:
+        with suppress(NotFoundError):
+            for version in adapters.list_versions(job.owner, job.owner, job.adapter_name, NUM_LOOKED_AT).items:
+                if version.created_by == job.id:
+                    return version
     message = f"{job.id} has published no version of adapter {job.adapter_name!r}, and so it has not succeeded"
     raise FailedPreconditionError(message, reason="NOT_PUBLISHED", field="ending.state")

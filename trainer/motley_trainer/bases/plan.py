@@ -19,7 +19,6 @@ from motley_bases.pruned import register_pruned
 from motley_bases.quantization import AUTO, CONFIG_FIELD, choose_quantization, stored_quantization
 
 from motley_trainer.errors import SettingsError
-from motley_trainer.sizes import parse_size as parse_size
 
 MAX_RANK = 4096
 DEVICES = ("cpu", "cuda")

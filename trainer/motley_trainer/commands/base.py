@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from motley_trainer.commands.carry import recover, restrict
+from motley_trainer.commands.extract import extract
 from motley_trainer.commands.prune import prune
 
 MIB = 2**20
@@ -38,6 +39,7 @@ def prepare() -> None:
 base.command()(prune)
 base.command()(restrict)
 base.command()(recover)
+base.command()(extract)
 
 
 @base.command()
@@ -71,7 +73,8 @@ def plan(
 
     Ends with status 1 if the weights alone do not fit.
     """
-    from motley_trainer.bases.plan import Question, make_plan, parse_size, plan_lines
+    from motley_trainer.bases.plan import Question, make_plan, plan_lines
+    from motley_trainer.sizes import parse_size
 
     question = Question(name, parse_size(memory), dtype, quantize, device, context)
     if rank:

@@ -1,4 +1,4 @@
-"""The trainer's command `motley worker`: trains adapters for a server's tenants.
+"""The trainer's command `motley worker`: trains adapters, and bases, for a server's tenants.
 
 Owns its flags. Imports gRPC when it is used, and torch not at all: jobs run in processes of their own. Runs on the main
 thread. Typed errors pass through to the `motley` command, which turns them into one line and an exit code.
@@ -34,11 +34,18 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+BasesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Make bases by LoQT too, and keep them here for good; unless given, none."),
+]
+
+
 @asks_server
 def worker(
     server: Server,
     base: Annotated[str, typer.Option(metavar="DIR|tiny", help="Train on this base: the one that the server serves.")],
     work_dir: Annotated[Path, typer.Option(metavar="DIR", help="Keep jobs here; one worker has it alone.")],
+    bases: BasesOption = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Be called so; unless given, by host and work directory.")
     ] = None,
@@ -65,6 +72,7 @@ def worker(
 
     from motley_trainer.sizes import parse_size
     from motley_trainer.worker.identity import default_name, identify_base
+    from motley_trainer.worker.made_bases import MadeBases
     from motley_trainer.worker.metrics import HttpEndpoint, WorkerMetrics
     from motley_trainer.worker.settings import WorkerSettings
     from motley_trainer.worker.supervisor import run_worker
@@ -75,7 +83,7 @@ def worker(
     limit = None if memory_limit is None else parse_size(memory_limit, field="memory_limit")
     with naming_ca_file():
         credentials_of(where)
-    with Workplace(work_dir) as workplace:
+    with Workplace(work_dir, None if bases is None else MadeBases(bases)) as workplace:
         settings = WorkerSettings(
             name=name or default_name(workplace.directory),
             base=identify_base(base, workplace.fingerprints),

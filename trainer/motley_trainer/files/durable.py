@@ -60,6 +60,34 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def move_folder(source: Path, target: Path) -> None:
+    """Put a folder of files in the place of `target`, by one rename, or over file systems as a copy that appears whole.
+
+    Effects: a folder that was at `target` is gone. After a rename `source` is gone too; a copy leaves it there. What
+    was interrupted leaves `source` whole until `target` is.
+    Raises: OutputError with reason DISK_FULL or OUTPUT_UNWRITABLE.
+    """
+    with told_as_output_error(target):
+        shutil.rmtree(target, ignore_errors=True)  # worth less than what comes, as above
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            is_far = True
+        else:
+            is_far = False
+            _make_safe(target.parent)
+            _make_safe(source.parent)
+    if is_far:
+        write_folder(target, lambda aside: _copy_files(source, aside))
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+
+
 def write_json(target: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file that is there whole or as it was.
 

@@ -1,7 +1,8 @@
 """Alignment: training of a whole pruned copy on plain text, so that it is nearer to its original again.
 
-Owns the text, and the engine that takes the steps: here every weight learns, in float32, but for those that give the
-logits. What becomes of the copy afterwards is not known here. Runs on the thread that owns the model.
+Owns the text, and what takes the steps: unless another engine is asked for, every weight learns, in float32, but for
+those that give the logits. What becomes of the copy afterwards is not known here. Runs on the thread that owns the
+model.
 Source: LoRAM, arXiv:2502.13533, section 3.2.
 """
 
@@ -27,6 +28,7 @@ from motley_trainer.job.loop import Training, train
 from motley_trainer.job.reporting import Reporter
 from motley_trainer.pruning.sample_windows import cut_samples
 from motley_trainer.spec.settings import (
+    LoqtOptimizer,
     LoramAlignment,
     LoramSettings,
     OptimizerSettings,
@@ -116,7 +118,10 @@ class _Masked:
 def alignment_spec(spec: TrainingSpec, asked: LoramAlignment) -> TrainingSpec:
     """Return the steps of an alignment as a training's: cosine after a tenth of them, no decay of weights."""
     optimizer = OptimizerSettings(
-        learning_rate=asked.learning_rate, schedule=Schedule.COSINE, warmup_steps=asked.steps // WARMUP_SHARE
+        learning_rate=asked.learning_rate,
+        schedule=Schedule.COSINE,
+        warmup_steps=asked.steps // WARMUP_SHARE,
+        has_8bit_moments=asked.loqt is not None and asked.loqt.optimizer is LoqtOptimizer.ADAMW_8BIT,
     )
     return replace(
         spec,

@@ -16,9 +16,10 @@ from motley_adapters.formats import MANIFEST_FILE
 
 from motley_trainer.files.durable import sweep, write_folder, write_json
 from motley_trainer.job.evaluation import Evaluation, Measured
+from motley_trainer.job.made_base import TrainedBase, read_trained_base
 from motley_trainer.spec.json_fields import JsonFields
 from motley_trainer.spec.reading import read_spec
-from motley_trainer.spec.settings import TrainingSpec
+from motley_trainer.spec.settings import LoqtSettings, TrainingSpec
 
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -42,19 +43,24 @@ class JobRequest:
 
     @property
     def trained_quantization(self) -> str:
-        """Return how the base is held in training."""
-        return self.spec.quantization or self.served_quantization
+        """Return how the base is held in training: as it is served unless the spec says; LoQT's Linears are in NF4."""
+        default = "nf4" if isinstance(self.spec.settings, LoqtSettings) else self.served_quantization
+        return self.spec.quantization or default
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a job: an adapter, and whether it has passed its gate."""
+    """What came of a job: an adapter or a base, and whether it has passed its gate.
+
+    Semantics: `digest` is the adapter's, or the base's fingerprint.
+    """
 
     digest: str
     evaluation: Evaluation
     passed: bool
     reason: str
     message: str
+    base: TrainedBase | None = None
 
 
 class JobFiles:
@@ -66,6 +72,7 @@ class JobFiles:
         self.checkpoints = directory / "checkpoints"
         self.stages = directory / "stages"
         self.adapter = directory / "adapter"
+        self.base = directory / "base"
         self._before = directory / "before.json"
         self._evaluation = directory / "evaluation.json"
         self._result = directory / "result.json"
@@ -127,6 +134,10 @@ class JobFiles:
         write_folder(self.adapter, lambda aside: digests.append(write(aside)))
         return digests[0]
 
+    def trained_base(self) -> TrainedBase | None:
+        """Return the base that was made, None if there is none yet."""
+        return read_trained_base(self.base)
+
     def result(self) -> Result | None:
         """Return what came of the job, None if it has not ended."""
         found = _read(self._result)
@@ -134,11 +145,15 @@ class JobFiles:
             return None
         names = Evaluation.__dataclass_fields__
         evaluation = Evaluation(**{name: found["evaluation"].get(name) for name in names})
-        return Result(found["digest"], evaluation, found["passed"], found["reason"], found["message"])
+        base = None if found.get("base") is None else TrainedBase(**found["base"])
+        return Result(found["digest"], evaluation, found["passed"], found["reason"], found["message"], base)
 
     def write_result(self, result: Result) -> None:
         """Say what came of the job: its last file."""
-        write_json(self._result, {**asdict(result), "evaluation": result.evaluation.to_json()})
+        content = {**asdict(result), "evaluation": result.evaluation.to_json()}
+        if result.base is None:
+            del content["base"]
+        write_json(self._result, content)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ interrupted gives the bits of one that was not. Runs on the thread that owns the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -19,9 +19,10 @@ from motley_trainer.data.training_data import TrainingData
 from motley_trainer.errors import DivergedError
 from motley_trainer.job.captured import captured, restore, restore_moments
 from motley_trainer.job.checkpoint import Checkpoint, Checkpoints
+from motley_trainer.job.optimizers import make_optimizer
 from motley_trainer.job.reporting import JobCancelledError, Reporter, Step
 from motley_trainer.job.schedule import rate
-from motley_trainer.methods.method import Trained
+from motley_trainer.methods.method import NoRenewal, Renewal, Trained
 from motley_trainer.spec.settings import TrainingSpec
 
 
@@ -33,6 +34,7 @@ class Training:
     attached: Trained
     spec: TrainingSpec
     data: TrainingData
+    renewal: Renewal = field(default_factory=NoRenewal)
 
 
 def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | None, reporter: Reporter) -> Checkpoint:
@@ -44,7 +46,7 @@ def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | No
     """
     spec = training.spec
     num_steps = training.data.num_steps(spec)
-    optimizer = _optimizer(training)
+    optimizer = make_optimizer(training.attached.parameters.values(), spec.optimizer)
     accelerator = Accelerator(cpu=training.model.device.type == "cpu", mixed_precision="no")
     if resumed is not None:
         restore(training.attached, resumed.tensors)
@@ -76,26 +78,33 @@ def _take_step(
     """Take one step, the first being 0.
 
     Semantics: the loss is the mean over all learned tokens of the step, so that micro-batches add up to the gradient of
-    one batch; what a method adds counts by the share of the samples.
+    one batch; what a method adds counts by the share of the samples. A loss that is not finite ends it before its
+    gradient is taken, which a step that renews would make weights of.
     """
-    spec, model = training.spec, training.model
+    spec, model, renewal = training.spec, training.model, training.renewal
     batches = [batch.to(model.device) for batch in training.data.step(step, spec.batch_size, spec.micro_batch_size)]
     num_learned = sum(batch.num_learned for batch in batches)
     learning_rate = rate(spec.optimizer, step, num_steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad(set_to_none=True)
+    for parameter in renewal.begin_step(step, len(batches)):
+        optimizer.state.pop(parameter, None)
+    what = "at a merge, the loss" if renewal.is_renewing else "its loss"
     total = 0.0
     for batch in batches:
         with accelerator.autocast():
             loss = summed_loss(model, batch) / num_learned
             extra = training.attached.extra_loss(batch)
         total += float(loss.detach())
+        if not math.isfinite(total):
+            raise _diverged(step + 1, f"{what} is {total}")
         accelerator.backward(loss if extra is None else loss + extra * (len(batch.input_ids) / spec.batch_size))
+    renewal.end_backward()
     bound = spec.optimizer.max_gradient_norm or math.inf
     norm = float(accelerator.clip_grad_norm_(training.attached.parameters.values(), bound))
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise _diverged(step + 1, f"its loss is {total}, the norm of its gradient {norm}")
+    if not math.isfinite(norm):
+        raise _diverged(step + 1, f"{what} is {total}, the norm of its gradient {norm}")
     optimizer.step()
     return Step(step + 1, num_steps, total, learning_rate, norm, sum(batch.num_tokens for batch in batches))
 
@@ -106,16 +115,6 @@ def set_training(model: PreTrainedModel, attached: Trained, is_training: bool) -
     for module in model.modules():
         if any(id(parameter) in trained for parameter in module.parameters(recurse=False)):
             module.training = is_training
-
-
-def _optimizer(training: Training) -> torch.optim.Optimizer:
-    settings = training.spec.optimizer
-    return torch.optim.AdamW(
-        training.attached.parameters.values(),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-    )
 
 
 def _refuse_not_finite(checkpoint: Checkpoint) -> None:

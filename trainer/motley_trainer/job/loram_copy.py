@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from motley_trainer.data.training_data import TrainingData
 from motley_trainer.job.alignment import Alignment, AlignmentEngine, FullRank, alignment_spec, read_alignment
+from motley_trainer.job.alignment_loqt import LoqtAlignment
 from motley_trainer.job.base import load_job_base
 from motley_trainer.job.checkpoint import Checkpoints
 from motley_trainer.job.files import JobFiles, JobRequest
@@ -36,6 +38,7 @@ from motley_trainer.pruning.sample_windows import SampleWindows, cut_samples
 from motley_trainer.pruning.written import write_pruned
 from motley_trainer.spec.settings import LoramAlignment, LoramSettings, derived_seed
 
+NF4 = "nf4"  # how LoQT holds Linears unless a spec says otherwise
 CALIBRATION_WINDOW = 128  # tokens
 SAVES_NOTHING = "pruning single weights, which saves no memory: dense products hold and multiply zeros too"
 
@@ -50,13 +53,12 @@ class LoramCopy:
         settings: LoramSettings,
         reporter: Reporter,
         device: torch.device,
-        engine: AlignmentEngine | None = None,
     ) -> None:
         self._request = request
         self._settings = settings
         self._reporter = reporter
         self._device = device
-        self._engine = engine or FullRank()
+        self._engine = _engine_of(request, settings)
         self._files = files
         self._binding = {"spec": request.spec.digest, "base": str(request.base), "device": request.device}
         self._text: TrainingData | None = None
@@ -150,6 +152,7 @@ class LoramCopy:
             "batch_size": asked.batch_size,
             "learning_rate": asked.learning_rate,
             "last_loss": loss,
+            **({} if asked.loqt is None else {"settings": asdict(asked.loqt)}),
         }
 
         def fill(aside: Path) -> Mapping[str, object]:
@@ -157,6 +160,11 @@ class LoramCopy:
             return {**pruned.facts, "fingerprint": digest, "alignment": told}
 
         return stages.write("aligned", fill)
+
+
+def _engine_of(request: JobRequest, settings: LoramSettings) -> AlignmentEngine:
+    loqt = None if settings.alignment is None else settings.alignment.loqt
+    return FullRank() if loqt is None else LoqtAlignment(loqt, request.spec.quantization or NF4)
 
 
 def _write_aligned(aside: Path, model: PreTrainedModel, pruned: Stage) -> str:

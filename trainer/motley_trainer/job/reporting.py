@@ -61,6 +61,12 @@ class Reporter:
         if self._clock() - self._said >= SECONDS_BETWEEN_STAGES:
             self.stage(f"reading data: line {number} of {field}, {share:.0%}")
 
+    def part(self, what: str, done: int, total: int) -> None:
+        """Say of work in parts how far it is, at its beginning and now and then, and stop here if that is asked."""
+        self.stop_if_asked()
+        if done == 0 or self._clock() - self._said >= SECONDS_BETWEEN_STAGES:
+            self.stage(f"{what}: {done} of {total}")
+
     def tell(self, kind: str, value: object) -> None:
         """Tell anything else."""
         self._emit({kind: value})

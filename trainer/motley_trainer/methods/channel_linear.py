@@ -1,7 +1,8 @@
 """A frozen Linear some channels of which learn: columns of its weight, or rows, by a dense block beside it.
 
-The block starts at zero, and nothing of the Linear is copied, permuted or written. Behind columns, a backward pass
-needs the inputs of these channels and no others, so no others are kept for it. Runs on the thread that owns the model.
+The block starts at zero, and nothing of the Linear is copied, permuted or written. What it adds is computed in float32
+and rounded once, as a server does. Behind columns, a backward pass needs the inputs of these channels and no others, so
+no others are kept for it. Runs on the thread that owns the model.
 Source: S2FT, arXiv:2412.06289, section 3.3 (partial back-propagation).
 """
 
@@ -55,7 +56,7 @@ class _AddColumns(torch.autograd.Function):
         picked = x.index_select(-1, channels)  # a copy: a view would keep all of x alive
         ctx.save_for_backward(picked, block, channels)
         ctx.width = x.shape[-1]
-        return y + (picked.to(block.dtype) @ block.T).to(y.dtype)
+        return (picked.to(block.dtype) @ block.T).add_(y).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -77,7 +78,8 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, block: Tensor, channels: Tensor) -> Tensor:
         ctx.save_for_backward(x, block, channels)
-        return y.index_add(-1, channels, (x.to(block.dtype) @ block.T).to(y.dtype))
+        total = (x.to(block.dtype) @ block.T).add_(y.index_select(-1, channels))
+        return y.index_copy(-1, channels, total.to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -59,11 +59,12 @@ class Goat:
         if resumed is not None and _DROPS in resumed:
             drops.set_state(resumed[_DROPS])
         adapted: dict[str, GoatLinear] = {}
-        for path, scale in scales.items():
+        for place, (path, scale) in enumerate(scales.items()):
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)  # the facts of the base say so
             router = fresh_router(asked.experts, linear.in_features, initial)
             if resumed is None:
+                context.on_part("taking spectra", place, len(scales))
                 start = sliced_start(linear, path, asked, scale=scale, seed=context.seed, router=router)
             else:
                 start = blank_start(router, resumed[f"{path}.residual_a"], resumed[f"{path}.residual_b"])

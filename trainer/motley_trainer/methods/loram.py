@@ -104,11 +104,12 @@ class AttachedRecovered(AttachedLora):
             for path, lora in self._adapted.items()
         }
         write_peft_lora(directory, pairs)
+        manifest = self._copy.manifest()
         write_loram_manifest(
             directory,
             self._spec,
             trained_on=self._copy.fingerprint,
-            prune_manifest=write_cut(directory, self._copy.directory) if self._kept else None,
+            prune_manifest=None if manifest is None else write_cut(directory, manifest),
             provenance={**provenance, **self.facts(), "copy": dict(self._copy.facts)},
         )
         return inspect_adapter(directory, self._spec).spec.digest

@@ -6,7 +6,7 @@ owns the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ class Context:
 
     Semantics: `calibration(n)` are the first n training samples in the order of the data, or all if there are fewer, on
     the model's device. `adapters` are the directories of the adapters that the settings name, in their order. `copy` is
-    what is trained on in the place of the base, where something is.
+    what is trained on in the place of the base, where something is. `on_part` is called before each part of what takes
+    long, with what that is, how many parts are done and how many there are; what it raises ends the attaching.
     """
 
     spec: BaseSpec
@@ -34,6 +35,7 @@ class Context:
     calibration: Callable[[int], Sequence[Batch]]
     adapters: Sequence[Path] = ()
     copy: PrunedCopy | None = None
+    on_part: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
 class Trained(Protocol):
@@ -59,6 +61,36 @@ class Trained(Protocol):
 
     def report(self) -> Mapping[str, object]:
         """Return what a checkpoint tells beside its step, since the last one: events' bodies by their names."""
+
+
+class Renewal(Protocol):
+    """What some steps do to the parameters, beside learning: they may begin anew from a step's gradient."""
+
+    @property
+    def is_renewing(self) -> bool:
+        """Tell whether the step that has begun does."""
+
+    def begin_step(self, step: int, num_batches: int) -> Collection[nn.Parameter]:
+        """Learn that so many forward and backward passes of a step come, and return whose moments begin anew.
+
+        Semantics: the first step is 0. Moments that nobody needs any more are let go before the passes.
+        """
+
+    def end_backward(self) -> None:
+        """Act on the gradients of the step, before they are clipped."""
+
+
+class NoRenewal:
+    """Every step learns and does nothing else."""
+
+    is_renewing = False
+
+    def begin_step(self, step: int, num_batches: int) -> Collection[nn.Parameter]:
+        """Keep all moments."""
+        return ()
+
+    def end_backward(self) -> None:
+        """Do nothing."""
 
 
 class Attached(Trained, Protocol):

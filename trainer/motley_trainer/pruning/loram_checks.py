@@ -61,13 +61,16 @@ def check_copy(asked: LoramSettings, config: PreTrainedConfig) -> None:
     """Refuse a copy that cannot be made of a base.
 
     Raises: UnsupportedBaseError with reason NOT_PRUNABLE; UnsuitableBaseError with reason ALREADY_PRUNED or
-    ALREADY_QUANTIZED; SettingsError with reason LAYER_RANGE, EMPTY_LAYER or BAD_SPEC.
+    ALREADY_QUANTIZED; SettingsError with reason LAYER_RANGE, EMPTY_LAYER, LOQT_FILLS_ZEROS or BAD_SPEC.
     """
     if not takes_copy(asked):
         if asked.alignment is not None:
             message = "loram.alignment makes up for what was pruned, and with loram.ratio 0 nothing is"
             raise SettingsError(message, reason="BAD_SPEC", field="loram.alignment")
         return
+    if asked.alignment is not None and asked.alignment.loqt is not None and _keeps_zeros(asked):
+        message = "loram.alignment.loqt adds to every weight, and would fill the zeros that this pruning leaves"
+        raise SettingsError(message, reason="LOQT_FILLS_ZEROS", field="loram.alignment.loqt")
     check_prunable(config)
     if is_pruned(config):
         message = "the base is a pruned one: train LoRAM for its original"
@@ -85,6 +88,10 @@ def check_copy(asked: LoramSettings, config: PreTrainedConfig) -> None:
         with naming_loram():
             for groups in layer_groups(shape, layers.start):
                 kept_count(groups, asked.ratio, rule=CountingRule.LORAM)
+
+
+def _keeps_zeros(asked: LoramSettings) -> bool:
+    return asked.same_cut_as is None and asked.pruning.keeps_shapes
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from motley_trainer.spec.bounds import MAX_ALPHA, MAX_COUNT, MAX_RANK
 from motley_trainer.spec.json_fields import JsonFields
+from motley_trainer.spec.loqt import read_loqt
 from motley_trainer.spec.settings import (
     ChannelBudget,
     ChannelOrder,
@@ -17,6 +19,7 @@ from motley_trainer.spec.settings import (
     GoatScaleRank,
     GoatSegments,
     GoatSettings,
+    LoqtSettings,
     LoramAlignment,
     LoramPruning,
     LoramSettings,
@@ -25,10 +28,6 @@ from motley_trainer.spec.settings import (
     Settings,
     TrainingMethod,
 )
-
-MAX_RANK = 1 << 16
-MAX_COUNT = 1 << 31
-MAX_ALPHA = 1e30  # as far as an adapter's file may go
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _RATIO = re.compile(r"[0-9]{1,9}/0*[1-9][0-9]{0,8}|[0-9]{0,9}\.?[0-9]{1,9}")
@@ -49,6 +48,8 @@ def read_settings(method: TrainingMethod, fields: JsonFields) -> Settings:
             return _goat(fields)
         case TrainingMethod.LORAM:
             return _loram(fields)
+        case TrainingMethod.LOQT:
+            return read_loqt(fields)
 
 
 def read_digest(fields: JsonFields, name: str) -> str:
@@ -158,9 +159,16 @@ def _alignment(fields: JsonFields) -> LoramAlignment:
         steps=fields.whole("steps", 1, MAX_COUNT, 100),
         learning_rate=fields.number("learning_rate", 5e-5, above=0, most=MAX_ALPHA),
         batch_size=fields.whole("batch_size", 1, MAX_COUNT, 16),
+        loqt=_aligning_loqt(fields.child("loqt")) if fields.get("loqt") is not None else None,
     )
     fields.end()
     return settings
+
+
+def _aligning_loqt(fields: JsonFields) -> LoqtSettings:
+    if fields.get("start"):
+        raise fields.error("start", "is not asked here: what is aligned is the pruned copy")
+    return read_loqt(fields)
 
 
 def _ratio(fields: JsonFields) -> Fraction:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 
+from motley_trainer.spec.bounds import MAX_ALPHA, MAX_COUNT
 from motley_trainer.spec.json_fields import JsonFields
-from motley_trainer.spec.methods import MAX_ALPHA, MAX_COUNT, read_digest, read_settings
+from motley_trainer.spec.methods import read_digest, read_settings
 from motley_trainer.spec.settings import (
     GateSettings,
+    LoqtOptimizer,
+    LoqtSettings,
     OptimizerSettings,
     OverLength,
     Schedule,
@@ -36,14 +39,15 @@ def read_spec(value: object) -> TrainingSpec:
     for other in TrainingMethod:
         if other is not method and other.value in fields:
             raise fields.error(other.value, f"does not go with the method {method}")
-    settings = fields.child(method.value)
+    settings = read_settings(method, fields.child(method.value))
+    has_8bit_moments = isinstance(settings, LoqtSettings) and settings.optimizer is LoqtOptimizer.ADAMW_8BIT
     batch_size = fields.whole("batch_size", 1, MAX_COUNT, 16)
     steps = fields.whole_or_none("steps", 1, MAX_COUNT)
     if steps is not None and "epochs" in fields:
         raise fields.error("epochs", "does not go with steps: one of them says how long")
     spec = TrainingSpec(
         method=method,
-        settings=read_settings(method, settings),
+        settings=settings,
         dataset=read_digest(fields, "dataset"),
         digest=digest_of(value),
         quantization=_quantization(fields),
@@ -55,10 +59,12 @@ def read_spec(value: object) -> TrainingSpec:
         over_length=fields.word("over_length", OverLength, "OVER_LENGTH_", OverLength.TRUNCATE),
         seed=fields.whole("seed", -MAX_SEED, MAX_SEED - 1, 0),
         checkpoint_steps=fields.whole("checkpoint_steps", 1, MAX_COUNT, 50),
-        optimizer=_optimizer(fields.child("optimizer"), steps),
+        optimizer=_optimizer(fields.child("optimizer"), steps, has_8bit_moments),
         gate=_gate(fields.child("gate")),
     )
-    fields.child("publish")  # what becomes of the adapter is the worker's to know
+    fields.child("publish")  # what becomes of an adapter is the worker's to know
+    if isinstance(settings, LoqtSettings) and fields.get("publish"):
+        raise fields.error("publish", f"does not go with the method {method}, which makes a base and publishes nothing")
     fields.end()
     return spec
 
@@ -69,7 +75,7 @@ def digest_of(value: object) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _optimizer(fields: JsonFields, steps: int | None) -> OptimizerSettings:
+def _optimizer(fields: JsonFields, steps: int | None, has_8bit_moments: bool) -> OptimizerSettings:
     settings = OptimizerSettings(
         learning_rate=fields.number("learning_rate", 2e-4, above=0, most=MAX_ALPHA),
         schedule=fields.word("schedule", Schedule, "LEARNING_RATE_SCHEDULE_", Schedule.LINEAR),
@@ -78,6 +84,7 @@ def _optimizer(fields: JsonFields, steps: int | None) -> OptimizerSettings:
         beta1=fields.number("beta1", 0.9, least=0, below=1),
         beta2=fields.number("beta2", 0.999, least=0, below=1),
         max_gradient_norm=fields.number("max_gradient_norm", 1.0, least=0, most=MAX_ALPHA),
+        has_8bit_moments=has_8bit_moments,
     )
     fields.end()
     return settings

@@ -15,12 +15,13 @@ from fractions import Fraction
 
 
 class TrainingMethod(StrEnum):
-    """How an adapter is trained, which is also its kind."""
+    """How an adapter is trained, which is also its kind; LOQT makes a base."""
 
     LORA = "lora"
     S2FT = "s2ft"
     GOAT = "goat"
     LORAM = "loram"
+    LOQT = "loqt"
 
 
 class ChannelScore(StrEnum):
@@ -83,6 +84,36 @@ class LoramPruning(StrEnum):
     def keeps_shapes(self) -> bool:
         """Tell whether weights go, and not heads and channels."""
         return self in (LoramPruning.UNSTRUCTURED, LoramPruning.SEMI_STRUCTURED)
+
+
+class LoqtStart(StrEnum):
+    """What LoQT trains: the base on from where it is, or weights that the seed draws."""
+
+    BASE = "base"
+    SCRATCH = "scratch"
+
+
+class LoqtSchedule(StrEnum):
+    """When LoQT merges its low-rank factors into the weights."""
+
+    EXPONENTIAL = "exponential"
+    STATIC = "static"
+    LINEAR = "linear"
+    NEVER = "never"
+
+
+class LoqtDecomposition(StrEnum):
+    """How LoQT finds the directions of a gradient."""
+
+    SVD = "svd"
+    EIGH = "eigh"
+
+
+class LoqtOptimizer(StrEnum):
+    """What LoQT's steps are taken by."""
+
+    ADAMW = "adamw"
+    ADAMW_8BIT = "adamw_8bit"
 
 
 class Schedule(StrEnum):
@@ -160,13 +191,35 @@ class GoatSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LoqtSettings:
+    """The low-rank factors that a whole base is trained by, one after the other.
+
+    Semantics: a `rank` of None is a quarter of the hidden size, or the smallest side of a Linear if that is less.
+    `scale` is what the product of the factors is multiplied by, as it is. `growth` is the base of EXPONENTIAL's powers,
+    and LINEAR's steps by which each interval is longer than the one before.
+    """
+
+    start: LoqtStart = LoqtStart.BASE
+    rank: int | None = None
+    scale: float = 0.5
+    compensation_steps: int = 5
+    schedule: LoqtSchedule = LoqtSchedule.EXPONENTIAL
+    merge_interval: int = 100
+    growth: float = 1.2
+    decomposition: LoqtDecomposition = LoqtDecomposition.SVD
+    optimizer: LoqtOptimizer = LoqtOptimizer.ADAMW
+    keep_moments: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LoramAlignment:
-    """Training of the whole pruned base on plain text; `dataset` is a digest."""
+    """Training of the whole pruned base on plain text; `dataset` is a digest. Without `loqt`, of every weight."""
 
     dataset: str
     steps: int = 100
     learning_rate: float = 5e-5
     batch_size: int = 16
+    loqt: LoqtSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +241,16 @@ class LoramSettings:
     alignment: LoramAlignment | None = None
 
 
-Settings = LoraSettings | S2ftSettings | GoatSettings | LoramSettings
+AdapterSettings = LoraSettings | S2ftSettings | GoatSettings | LoramSettings
+Settings = AdapterSettings | LoqtSettings
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
     """AdamW and its schedule.
 
-    Semantics: without `warmup_steps` a tenth of the steps, at most 100; a `max_gradient_norm` of 0 does not clip.
+    Semantics: without `warmup_steps` a tenth of the steps, at most 100; a `max_gradient_norm` of 0 does not clip. Where
+    `has_8bit_moments`, AdamW keeps both moments in 8 bits.
     """
 
     learning_rate: float = 2e-4
@@ -205,6 +260,7 @@ class OptimizerSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     max_gradient_norm: float = 1.0
+    has_8bit_moments: bool = False
 
 
 @dataclass(frozen=True, slots=True)

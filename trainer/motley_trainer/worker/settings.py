@@ -12,6 +12,7 @@ from pathlib import Path
 from motley_trainer.spec.settings import TrainingMethod
 
 METHODS = tuple(str(method) for method in TrainingMethod)
+METHODS_OF_ADAPTERS = tuple(method for method in METHODS if method != TrainingMethod.LOQT)
 MAX_RESTARTS = 3  # of a child that died, within one lease
 
 

@@ -23,7 +23,7 @@ from motley_trainer.worker.attempt import LOST, Surroundings, attempt
 from motley_trainer.worker.faults import Faults
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.reports import LeaseGoneError, Reporter, is_passing
-from motley_trainer.worker.settings import METHODS, WorkerSettings
+from motley_trainer.worker.settings import METHODS, METHODS_OF_ADAPTERS, WorkerSettings
 from motley_trainer.worker.stopping import Stop
 from motley_trainer.worker.workplace import Workplace
 
@@ -81,7 +81,7 @@ class Worker:
     async def _do(self, lease: Lease, terms: WorkerTerms) -> str:
         """Do a job as far as it gets, and return the reason if the worker was at fault."""
         job = lease.job
-        log.info("%s: leased, %s into %s", job.id, job.method, job.adapter_name)
+        log.info("%s: leased, %s into %s", job.id, job.method, job.adapter_name or "a base")
         outcome = await attempt(lease, terms, self._around)
         self._metrics.ended(job.method, outcome.state)
         if not outcome.fault and outcome.state not in (LOST, LeaseEnd.QUEUED.value):
@@ -124,7 +124,7 @@ class Worker:
         try:
             terms = await client.register_worker(
                 settings.name,
-                METHODS,
+                METHODS if self._workplace.bases is not None else METHODS_OF_ADAPTERS,
                 settings.base.fingerprint,
                 settings.device,
                 importlib.metadata.version("motley"),

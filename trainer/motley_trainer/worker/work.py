@@ -1,4 +1,4 @@
-"""What is done with a leased job, from its data to its publication, each step as if it were the first or the tenth.
+"""What is done with a leased job, from its data to what it publishes, each step as if it were the first or the tenth.
 
 Owns the order of the steps and what they leave in the job's directory. A step that is cut is cancelled, and done again
 under another lease. Runs on the event loop, and files on threads.
@@ -23,8 +23,11 @@ from motley_client.types_adapters import AdapterVersion
 from motley_client.types_worker import JobEnding, Lease, LeaseEnd, WorkerTerms
 from motley_client.worker_calls import LeaseClient
 
+from motley_trainer.errors import OutputError
+from motley_trainer.spec.settings import TrainingMethod
 from motley_trainer.worker.child import EXIT_DONE, EXIT_FAILED, ChildEnd, ChildOrder, num_oom_kills, run_child
-from motley_trainer.worker.faults import OF_ITS_PLACE, STALE_DATA, WorkerAtFaultError
+from motley_trainer.worker.faults import OF_ITS_PLACE, STALE_DATA, WORKER_FAULT, WorkerAtFaultError
+from motley_trainer.worker.made_bases import MadeBases, is_base
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.reports import Reporter, is_passing
 from motley_trainer.worker.settings import MAX_RESTARTS, WorkerSettings
@@ -78,6 +81,7 @@ class Work:
     async def do(self, workplace: Workplace) -> JobEnding:
         """Do what of the job is not done yet, and return how it ended: SUCCEEDED once it is published, or REJECTED.
 
+        Semantics: a base is not published but kept here, and told of.
         Raises: JobFailedError; WorkerAtFaultError; MotleyClientError for what the server refuses; OSError.
         """
         try:
@@ -85,14 +89,22 @@ class Work:
             datasets = {digest: directory.dataset(digest) for digest in self._job.datasets}
         except ValueError as error:  # a name that must not become a path
             raise JobFailedError(str(error), reason="BAD_SPEC") from error
+        bases = workplace.bases
+        if self._makes_base and bases is None:  # it never said that it could
+            raise WorkerAtFaultError("the worker has no place for bases", reason=WORKER_FAULT)
         await self._prepare(directory, datasets)
-        result = await asyncio.to_thread(directory.read_result) or await self._train(directory)
+        result = await asyncio.to_thread(self._earlier_result, directory, bases) or await self._train(directory)
         if result.evaluation and not self._has_told_evaluation:  # by this lease: who had it before may not have
             self._tell({"evaluation": dict(result.evaluation)})
         if not result.passed:
             message = result.message or f"the gate was not passed: {_figures(result.evaluation)}"
             return JobEnding(LeaseEnd.REJECTED, result.reason or "GATE_NOT_PASSED", message)
-        return await self._publish(directory)
+        return await (self._publish(directory) if bases is None or not self._makes_base else self._keep(result, bases))
+
+    @property
+    def _makes_base(self) -> bool:
+        """Tell whether the job ends in a base, and no adapter."""
+        return self._job.method == TrainingMethod.LOQT
 
     @property
     def job_id(self) -> str:
@@ -227,6 +239,31 @@ class Work:
                 raise WorkerAtFaultError(message, reason=reason)
             raise JobFailedError(message, reason=reason)
 
+    def _earlier_result(self, directory: JobDirectory, bases: MadeBases | None) -> JobResult | None:
+        """Return what the job came to before, None if it did not, or what it made is not there any more."""
+        result = directory.read_result()
+        if result is None or not (self._makes_base and result.passed and bases is not None):
+            return result
+        if bases.has(self._job.id, result.digest) or is_base(directory.base, result.digest):
+            return result
+        log.warning("%s: the base that it had made is gone, and is made again", self._job.id)
+        directory.forget_result()
+        return None
+
+    async def _keep(self, result: JobResult, bases: MadeBases) -> JobEnding:
+        """Put a base that was made to the others, and tell of it."""
+        self.is_publishing = True
+        self._tell({"stage": "keeping the base"})
+        assert self.directory is not None
+        try:
+            place = await asyncio.to_thread(bases.take, self.directory.base, self._job.id, result.digest)
+        except OutputError as error:
+            raise WorkerAtFaultError(error.message, reason=error.reason) from error
+        told = {**(result.base or {}), "directory": str(place), "fingerprint": result.digest}
+        self._tell({"base": {name: value for name, value in told.items() if value is not None}})
+        log.info("%s: made %s, %s", self._job.id, place, result.digest)
+        return JobEnding(LeaseEnd.SUCCEEDED)
+
     async def _publish(self, directory: JobDirectory) -> JobEnding:
         self.is_publishing = True
         self._tell({"stage": "publishing"})
@@ -244,6 +281,8 @@ class Work:
     async def _upload(self, directory: JobDirectory) -> AdapterVersion:
         """Upload the adapter; what another attempt had begun to upload, with other bytes, goes."""
         job, id = self._job, self._lease.upload_id
+        if job.adapter_name is None:
+            raise JobFailedError("the spec names no adapter to publish", reason="BAD_SPEC")
         upload = partial(
             self._client.upload_adapter,
             job.adapter_name,

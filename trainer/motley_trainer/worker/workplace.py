@@ -20,11 +20,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from motley_trainer.errors import SettingsError
+from motley_trainer.worker.made_bases import MadeBases
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
-CHECKPOINTS, ADAPTER, RESULT = "checkpoints", "adapter", "result.json"
+CHECKPOINTS, ADAPTER, BASE, RESULT = "checkpoints", "adapter", "base", "result.json"
 TERMS = ("base", "dtype", "served_quantization", "device")  # what a gate's measurement holds for
 MEASURED = (RESULT, "evaluation.json", "before.json")
 
@@ -33,23 +34,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a job came to: the adapter's digest, how it was evaluated, and whether it passed its gate."""
+    """What a job came to: the digest of the adapter or base, how it was evaluated, and whether it passed its gate.
+
+    Semantics: `base` is what the job told of the base that it made, None for an adapter.
+    """
 
     digest: str
     evaluation: Mapping[str, Any]
     passed: bool
     reason: str
     message: str
+    base: Mapping[str, Any] | None = None
 
 
 class Workplace:
-    """Hold a worker's directory, alone.
+    """Hold a worker's directory, alone, and know where it keeps bases, if it makes any.
 
     Raises: SettingsError with reason WORK_DIR_IN_USE if another worker holds it, WORK_DIR if it cannot be used.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, bases: MadeBases | None = None) -> None:
         self.directory = directory.absolute()
+        self.bases = bases
         self._jobs = self.directory / "jobs"
         try:
             self._jobs.mkdir(mode=0o700, parents=True, exist_ok=True)  # tenants' data lies here
@@ -90,6 +96,8 @@ class Workplace:
 
     def forget_old(self, keep_seconds: float) -> None:
         """Remove the directories of jobs that did not come back; each lease of a job makes its directory new."""
+        if self.bases is not None:
+            self.bases.forget_old(keep_seconds)
         for path in self._jobs.iterdir():
             try:
                 if time.time() - path.stat().st_mtime > keep_seconds:
@@ -109,6 +117,11 @@ class JobDirectory:
     def adapter(self) -> Path:
         """Return where the trained adapter is, once it is whole."""
         return self.path / ADAPTER
+
+    @property
+    def base(self) -> Path:
+        """Return where a base is that was made, once it is whole and until it is taken from there."""
+        return self.path / BASE
 
     def dataset(self, digest: str) -> Path:
         """Return where a dataset lies.
@@ -146,6 +159,10 @@ class JobDirectory:
         except (ValueError, AttributeError):
             return {}
 
+    def forget_result(self) -> None:
+        """Remove what the job came to, so that it comes to it again, from its last checkpoint."""
+        (self.path / RESULT).unlink(missing_ok=True)
+
     def forget_data(self) -> None:
         """Remove the datasets, so that they are fetched again."""
         shutil.rmtree(self.path / "data", ignore_errors=True)
@@ -160,6 +177,7 @@ class JobDirectory:
                 passed=content["passed"] is True,
                 reason=str(content.get("reason") or ""),
                 message=str(content.get("message") or ""),
+                base=dict(content["base"]) if content.get("base") else None,
             )
         except FileNotFoundError:
             return None
