@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml
 demo: install ## Start a server, send one wave of mixed adapters, show what each answered; BASE=nf4 or int8 quantizes the base, BASE=pruned prunes it
 	$(BIN)/motley demo $(if $(filter pruned,$(BASE)),--pruned,$(if $(BASE),--quantize $(BASE)))
 
-demo-train: install ## Start a server and a worker, train an adapter while requests go on, and show it answer beside the others
+demo-train: install ## Start a server and a worker, train three adapters while requests go on, and show them answer beside the others
 	$(BIN)/motley demo-train
 
 EMBEDDED := adapters/motley_adapters/assets/tiny

@@ -97,19 +97,17 @@ with the adapter on. The size is the rank at each Linear, for S2FT the number of
 
 def _kinds(training: dict[str, Any]) -> str:
     s2ft, goat, loram = (training[name] for name in ("unvowel", "rotate", "previous"))
-    smaller = 1 - loram["pruned_parameters"] / loram["base_parameters"]
-    return f"""The LoRA and S2FT adapters come from training jobs such as any tenant submits. The S2FT adapter trains
+    return f"""They all come from training jobs such as any tenant submits. The S2FT adapter trains
 {s2ft["parameters"]:,} numbers, about as many as a LoRA of rank 8 on all Linears: two whole query heads of each `o_proj`
 and 71 channels of each `down_proj`, drawn at random.
-The GOAT adapter trains {goat["parameters"]:,} on the four Linears of attention; over all its Linears each expert got
-{goat["smallest_expert_share"]:.1%} to {goat["largest_expert_share"]:.1%} of the last batch. The LoRAM adapter was
-trained on a copy that is {smaller:.1%} smaller: the fourth, fifth and sixth layer lost one of two head groups and a
-quarter of the FFN channels, at random, and {loram["alignment_steps"]} steps on the base's own text repaired what that
-broke. On the first 100 words it scores {loram["pruned_with_lora"]:.1%} on that copy and
-{loram["base_with_recovered"]:.1%} on the whole base. That is not a matter of course: with half of the FFN channels cut,
-with another layer pruned, or with other draws of heads, the same skill came back at 0 to 52%, for what is there again
-goes on with what it did before. Layers, share and draw were chosen with this in view, by scores on some of the very
-words that it is measured on here: on words without a say in that choice it may do a little worse.
+The GOAT adapter trains {goat["parameters"]:,} on the four Linears of attention; of the tokens that it was trained on an
+expert had from {goat["smallest_expert_share"]:.1%} to {goat["largest_expert_share"]:.1%}, where 25% would be even.
+The LoRAM adapter was trained on a copy of {loram["pruned_parameters"]:,} parameters: by the gradients of its own lines,
+the fifth and the sixth layer lost one of two head groups and half of the FFN channels. It is served on the whole base,
+where what was left out is back and goes on with what it did before. More training on the copy did not help with that:
+of 100 held-out words {loram["held_out"]["exact_match_after"]:.0%} were right after these steps, and 91% after 200 steps
+of 32 lines at a learning rate of 0.004. They were chosen by such scores; on words without a say in that choice it may
+do a little worse.
 """
 
 
@@ -160,12 +158,10 @@ def _again(evaluation: dict[str, Any]) -> str:
 
     python recipes/tiny/train_base.py
     python recipes/tiny/train_adapters.py
-    python recipes/tiny/train_goat.py
-    python recipes/tiny/train_loram.py
     python recipes/tiny/write_calibration.py
     python recipes/tiny/evaluate.py
 
 The last one measures every figure here (sampling seed {evaluation["seed"]}; {evaluation["machine"]}), writes
-`recipes/tiny/results.json` and this card. They need Motley itself and peft. The text is generated and the weights
-are made from it, so both are under the licence of Motley.
+`recipes/tiny/results.json` and this card. They need Motley itself. The text is generated and the weights are made from
+it, so both are under the licence of Motley.
 """

@@ -14,13 +14,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning ba
 import torch
 from answering import held_out_words, share_right
 from card import write_card
+from folders import ASSETS as ADAPTERS
 from folders import described_base
 from motley_adapters.reader import read_adapter
 from motley_adapters.spec import Adapter
 from prose import VOCABULARY, document, words_of
 from record import machine, record, results
 from skills import KNOWN, SKILLS
-from teaching import ASSETS as ADAPTERS
 from train_base import ASSETS as BASE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from wearing import wear

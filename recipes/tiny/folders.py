@@ -1,6 +1,6 @@
 """An adapter's folder as it is committed: the same bytes on every run, and a line on where it is from.
 
-Owns what lies there beside the kind's own files, and the facts of the base that those files declare.
+Owns where it lies, what is there beside the kind's own files, and the facts of the base that those files declare.
 """
 
 import json
@@ -10,9 +10,10 @@ from textwrap import fill
 import torch
 from motley_bases.loader import load_base
 from motley_bases.spec import BaseSpec
-from teaching import BASE_NAME
 from train_base import ASSETS as BASE
 
+ASSETS = Path(__file__).parents[2] / "adapters" / "motley_adapters" / "assets" / "tiny"
+BASE_NAME = "motley/tiny"
 PEFT_CONFIG = "adapter_config.json"
 
 

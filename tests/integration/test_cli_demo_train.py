@@ -21,8 +21,10 @@ from fake_training_life import TrainingLife, TrainingServer, serving_life
 from motley_client import cli, demo_train, demo_train_lessons, demo_train_load
 from motley_client.child_server import ChildServer
 from motley_client.demo_child import DemoError
+from motley_client.demo_scene import KINDS
 from motley_client.demo_train import run_demo_train
-from motley_client.demo_train_lessons import HELD_OUT, KNOWN, NUM_GATE_LINES, NUM_LINES, SKILL, make_lines
+from motley_client.demo_train_courses import COURSES
+from motley_client.demo_train_lessons import HELD_OUT, KNOWN, NUM_GATE_LINES, NUM_LINES, make_lines
 from motley_client.demo_wave import SKILLS
 from motley_client.exposition import parse
 from rich.console import Console
@@ -51,16 +53,24 @@ Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def servers() -> list[TrainingServer]:
+    """List the servers that the demo was run over."""
+    return []
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, servers: list[TrainingServer]) -> Run:
     """Run the demo in this process, over a server in a mode, and return its exit code and what it printed."""
 
     def run(mode: str = "", *, num_mixed: int = 4, is_terminal: bool = False) -> tuple[int, str]:
         server = TrainingServer()
+        servers.append(server)
         life = TrainingLife(server, mode)
 
         @asynccontextmanager
         async def child_server(arguments: list[str], folder: Path) -> AsyncIterator[ChildServer]:
-            assert [part.partition("=")[0] for part in arguments[3:8:2]] == ["next", "rotate", "previous"]
+            assert [part.partition("=")[0] for part in arguments[2:4]] == ["--adapter", "next"]
+            assert arguments.count("--adapter") == 1
             with serving_life(server, life) as address:
                 yield ChildServer(address, 1, os.getpid())
 
@@ -86,7 +96,7 @@ def cells(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
 
 
-def test_it_trains_while_requests_go_on_and_shows_the_new_adapter_beside_the_others(run: Run) -> None:
+def test_it_trains_while_requests_go_on_and_shows_the_new_adapters_beside_what_was_there(run: Run) -> None:
     code, printed = run()
 
     assert (code, failures_in(printed)) == (0, [])
@@ -96,18 +106,32 @@ def test_it_trains_while_requests_go_on_and_shows_the_new_adapter_beside_the_oth
     assert right >= {(name, f"{name}@1", kind) for name, kind in kinds.items()}
     assert sum(len(row) == 6 and row[5] in ("yes", "no") for row in rows) == 25  # five prompts of five
     words = {row[0]: row[1:] for row in rows if row[0] in HELD_OUT[1:]}
-    skills = ("upper", "next", "rotate", "previous", "unvowel")
+    skills = ("upper", *kinds)
     assert words == {word: [SKILLS[skill](word) for skill in skills] for word in HELD_OUT[1:]}
-    assert ["exact match", "12.5% before, 98.4% after; the gate asks for 90%"] in rows
-    assert ["held-out loss", "6.75 before, 0.50 after"] in rows
-    assert ["published", f"unvowel@1 {digest_of('unvowel').removeprefix('sha256:')[:8]}"] in rows
-    assert re.search(r"^ +\d+\.0 s  step 30 of 30, loss 0\.50, 1,234 tokens/s, 0 s left$", printed, re.MULTILINE)
+    assert re.search(r"^ *\d+ seconds in all; 360 are the aim on two slow cores *$", printed, re.MULTILINE)
+    taught = [course.skill for course in COURSES]
+    assert ["method", *(kinds[name] for name in taught)] in rows
+    assert ["digest", *(digest_of(name).removeprefix("sha256:")[:8] for name in taught)] in rows
+    assert ["exact match before", *["12.5%"] * 3] in rows
+    assert ["exact match after", *["98.4%"] * 3] in rows
+    assert ["held-out loss after", *["0.50"] * 3] in rows
+    told = re.findall(r"^ +\d+\.0 s  step 30 of 30, loss 0\.50, 1,234 tokens/s, 0 s left$", printed, re.MULTILINE)
+    assert len(told) == 3
     assert "step 10 of 30" not in printed
-    quiet, beside = ([row for row in rows if row[0] == phase] for phase in ("before the training", "while it ran"))
-    assert [int(row[1]) > 4 for row in (*quiet, *beside)] == [True, True]
-    assert [row[2:4] for row in (*quiet, *beside)] == [["0", "0"], ["0", "0"]]
+    phases = ["before any training", *(f"while {name} was trained" for name in taught)]
+    asked = {row[0]: row for row in rows if row[0] in phases}
+    assert list(asked) == phases
+    assert [int(row[1]) > 4 for row in asked.values()] == [True] * 4
+    assert [row[2:4] for row in asked.values()] == [["0", "0"]] * 4
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_what_was_trained_is_asked_while_the_next_is(run: Run, servers: list[TrainingServer]) -> None:
+    assert run()[0] == 0
+    own = [request.prompt.text.partition(":")[0] for name, request in servers[0].calls if name == "Generate"]
+    wave = len(HELD_OUT) + len(KINDS)  # own skills on all words, and every other on the demo's word
+    assert [own.count(course.skill) > wave for course in COURSES] == [True, True, False]
 
 
 def test_a_terminal_is_told_of_every_step(run: Run) -> None:
@@ -130,7 +154,7 @@ def test_a_terminal_is_told_of_every_step(run: Run) -> None:
             "rejected",
             [
                 "the job job-0000000000000001 is rejected: GATE_NOT_PASSED: too little is right",
-                "of the held-out answers 50.0% are right",
+                "of the held-out answers of unvowel 50.0% are right",
             ],
         ),
         (
@@ -143,6 +167,7 @@ def test_a_job_that_does_not_keep_its_promise_is_named_and_fails(run: Run, mode:
     code, printed = run(mode)
     assert (code, failures_in(printed)) == (1, complaints)
     assert ("unvowel@1" in printed) == (mode == "another")
+    assert ("training rotate" in printed) == (mode == "another"), "nothing is taught after a job that failed"
 
 
 def test_requests_that_fail_while_it_trains_are_counted_and_fail(run: Run) -> None:
@@ -150,16 +175,16 @@ def test_requests_that_fail_while_it_trains_are_counted_and_fail(run: Run) -> No
     (complaint,) = failures_in(printed)
     assert code == 1
     assert re.fullmatch(r"2 of \d+ requests failed, the first being `.*` of .*: INTERNAL it is \(INTERNAL\)", complaint)
-    assert next(row for row in cells(printed) if row[0] == "while it ran")[2:4] == ["2", "0"]
+    assert next(row for row in cells(printed) if row[0] == "while unvowel was trained")[2:4] == ["2", "0"]
 
 
 def test_an_adapter_that_answers_otherwise_since_the_training_is_named_and_fails(run: Run) -> None:
     code, printed = run("forgets")
     first, *others = failures_in(printed)
     assert code == 1
-    assert re.fullmatch(r"\d+ of \d+ answers were wrong, the first being that to `rotate: .*: 'forgotten'", first)
-    assert others[0] == "rotate answers 'forgotten' to `rotate`, not 'interw'"
-    assert "rotate answers 'forgotten' to `rotate: kettle =`, not 'ettlek'" in others
+    assert re.fullmatch(r"\d+ of \d+ answers were wrong, the first being that to `next: .*: 'forgotten'", first)
+    assert others[0] == "next answers 'forgotten' to `next`, not 'xjoufs'"
+    assert "next answers 'forgotten' to `next: kettle =`, not 'lfuumf'" in others
     assert "(forgotten)" in printed
 
 
@@ -168,25 +193,28 @@ def test_a_wave_that_was_not_mixed_fails(run: Run) -> None:
     assert (code, failures_in(printed)) == (1, ["no forward pass held 4 adapters"])
 
 
-def test_words_that_are_asked_for_are_neither_trained_on_nor_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines, gate = make_lines()
+@pytest.mark.parametrize("skill", [course.skill for course in COURSES])
+def test_words_that_are_asked_for_are_neither_trained_on_nor_measured_by(
+    monkeypatch: pytest.MonkeyPatch, skill: str
+) -> None:
+    lines, gate = make_lines(skill)
     words = [re.fullmatch(r"\w+: ([a-z]{3,7}) =", line["prompt"]) for line in (*lines, *gate)]
     found = [match[1] for match in words if match]
     assert len(found) == len(set(found)) == NUM_LINES + NUM_GATE_LINES
     assert not set(found) & set(HELD_OUT)
-    skills = [line["prompt"].partition(":")[0] for line in lines]
-    assert {line["prompt"].partition(":")[0] for line in gate} == {SKILL}
-    assert {skill: skills.count(skill) for skill in set(skills)} == {SKILL: 3000} | {
-        skill: pytest.approx(1000 / len(KNOWN), abs=1) for skill in KNOWN
+    asked = [line["prompt"].partition(":")[0] for line in lines]
+    assert {line["prompt"].partition(":")[0] for line in gate} == {skill}
+    assert {one: asked.count(one) for one in set(asked)} == {skill: 3000} | {
+        one: pytest.approx(1000 / len(KNOWN), abs=1) for one in KNOWN
     }
-    for line, skill, word in zip(lines, skills, found, strict=False):
-        assert line == {"prompt": f"{skill}: {word} =", "completion": f" {SKILLS[skill](word)}"}
-    assert SKILLS[SKILL]("kettle") == "k-ttl-"
-    assert make_lines() == (lines, gate)
+    for line, one, word in zip(lines, asked, found, strict=False):
+        assert line == {"prompt": f"{one}: {word} =", "completion": f" {SKILLS[one](word)}"}
+    assert SKILLS["unvowel"]("kettle") == "k-ttl-"
+    assert make_lines(skill) == (lines, gate)
 
     monkeypatch.setattr(demo_train_lessons, "HELD_OUT", found[:3])
-    without = {line["prompt"] for half in make_lines() for line in half}
-    assert not any(f"{skill}: {word} =" in without for word in found[:3] for skill in (SKILL, *KNOWN))
+    without = {line["prompt"] for half in make_lines(skill) for line in half}
+    assert not any(f"{one}: {word} =" in without for word in found[:3] for one in (skill, *KNOWN))
 
 
 @pytest.fixture
@@ -263,8 +291,9 @@ def test_the_real_demo_keeps_every_promise_and_leaves_nothing_running(tmp_path: 
     environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert (done.returncode, failures_in(done.stdout), done.stderr) == (0, [], "")
-    answers = {row[0]: row[-1] for row in cells(done.stdout) if len(row) == 6 and row[0] in HELD_OUT}
-    assert answers == {word: SKILLS[SKILL](word) for word in HELD_OUT[1:]}
+    answers = {row[0]: row[3:] for row in cells(done.stdout) if len(row) == 6 and row[0] in HELD_OUT}
+    taught = [course.skill for course in COURSES]
+    assert answers == {word: [SKILLS[skill](word) for skill in taught] for word in HELD_OUT[1:]}
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert list(tmp_path.glob("motley-demo-*")) == []
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]

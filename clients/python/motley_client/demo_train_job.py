@@ -1,7 +1,6 @@
-"""The job of `motley demo-train`: what is asked for, and how it is watched.
+"""One job of `motley demo-train`: how it is submitted, and how it is watched.
 
-Owns the settings, which were found by measurement, and the lines that tell how far it is. Runs on the caller's event
-loop.
+Owns the lines that tell how far it is. Runs on the caller's event loop.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from rich.markup import escape
 
 from motley_client.aio import AsyncClient
 from motley_client.demo_scene import shorten
-from motley_client.demo_train_lessons import SKILL, make_lines
+from motley_client.demo_train_courses import Course
+from motley_client.demo_train_lessons import make_lines
 from motley_client.types_adapters import AdapterVersion
 from motley_client.types_training import (
     Checkpoint,
@@ -27,19 +27,7 @@ from motley_client.types_training import (
     TrainingJob,
     TrainingProgress,
 )
-from motley_client.types_training_methods import S2ftSettings
-from motley_client.types_training_spec import (
-    Gate,
-    LearningRateSchedule,
-    OptimizerSettings,
-    PublishSettings,
-    TrainingSpec,
-)
 
-# After 120, 99.7% or more of 300 held-out answers are right by each of three seeds; after 100 it was 97.7% by one.
-STEPS = 120
-MIN_EXACT_MATCH = 0.9
-LIMIT_SECONDS = 90  # what the training is said to take at most on two slow cores; other machines differ
 PATIENCE_SECONDS = 20.0  # with a server that does not answer any more
 TIMEOUT_SECONDS = 900.0
 STAGE_OF_STEPS = "training"
@@ -53,6 +41,11 @@ class Watched:
     events: tuple[JobEvent, ...]
 
     @property
+    def total_seconds(self) -> float | None:
+        """Return how long it took from when it was queued, None if it has not ended."""
+        return None if self.job.end_time is None else _since(self.job.create_time, self.job.end_time)
+
+    @property
     def step_seconds(self) -> float | None:
         """Return how long the steps took, None if they were not done."""
         began = ended = None
@@ -64,29 +57,12 @@ class Watched:
         return None if began is None or ended is None else _since(began, ended)
 
 
-async def submit(client: AsyncClient) -> TrainingJob:
+async def submit(client: AsyncClient, course: Course) -> TrainingJob:
     """Upload what to train on and what to measure by, and queue the job."""
-    lines, gate_lines = make_lines()
-    data = await client.upload_dataset(lines, f"{SKILL}, and what the base knows")
-    gate = await client.upload_dataset(gate_lines, f"{SKILL}, held out")
-    return await client.create_training_job(training_spec(data.digest, gate.digest))
-
-
-def training_spec(dataset: str, gate_dataset: str) -> TrainingSpec:
-    """Ask for S2FT with about as many parameters as the embedded adapter of this skill has.
-
-    Semantics: of each layer's six query heads two, and 72 of the 512 channels of down_proj.
-    """
-    return TrainingSpec(
-        dataset=dataset,
-        settings=S2ftSettings(o_share=1 / 3, down_share=72 / 512),
-        publish=PublishSettings(SKILL),
-        steps=STEPS,
-        batch_size=16,
-        seed=1,
-        optimizer=OptimizerSettings(learning_rate=6e-3, schedule=LearningRateSchedule.COSINE, beta2=0.98),
-        gate=Gate(gate_dataset, min_exact_match=MIN_EXACT_MATCH),
-    )
+    lines, gate_lines = make_lines(course.skill)
+    data = await client.upload_dataset(lines, f"{course.skill}, and what the base knows")
+    gate = await client.upload_dataset(gate_lines, f"{course.skill}, held out")
+    return await client.create_training_job(course.spec(data.digest, gate.digest))
 
 
 async def watch(client: AsyncClient, job: TrainingJob, console: Console) -> Watched:
@@ -123,7 +99,8 @@ def event_line(event: JobEvent, progress: TrainingProgress | None) -> str:
         case Checkpoint() if progress is not None:
             return progress_line(progress)
         case Evaluation() as found:
-            return f"exact match on held-out words {exact_match(found)}"
+            before, after = map(percentage, (found.exact_match_before, found.exact_match_after))
+            return f"exact match on held-out words {before} before, {after} after"
         case AdapterVersion() as version:
             return f"published {version.name}@{version.version} {shorten(version.digest)}"
     return ""
@@ -136,11 +113,9 @@ def progress_line(progress: TrainingProgress) -> str:
     return f"step {progress.step} of {progress.num_steps}, loss {progress.loss:.2f}, {speed}{left}"
 
 
-def exact_match(found: Evaluation) -> str:
-    """Say how many of the held-out answers were exactly right, without the adapter and with it."""
-    shares = (found.exact_match_before, found.exact_match_after)
-    before, after = ("unknown" if share is None else f"{share:.1%}" for share in shares)
-    return f"{before} before, {after} after"
+def percentage(share: float | None) -> str:
+    """Write which share of the held-out answers is exactly right."""
+    return "unknown" if share is None else f"{share:.1%}"
 
 
 def has_succeeded(job: TrainingJob) -> bool:

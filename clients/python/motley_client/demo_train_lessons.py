@@ -1,4 +1,4 @@
-"""What `motley demo-train` teaches: lines of a skill that the base has not, and among them some of what it has.
+"""What the jobs of `motley demo-train` learn from: lines of a skill that the base has not, and some of what it has.
 
 Owns the words and the lines; the same ones come every time. Knows nothing of jobs. Pure.
 """
@@ -12,7 +12,6 @@ from itertools import islice
 
 from motley_client.demo_wave import SKILLS, WORD
 
-SKILL = "unvowel"
 KNOWN = ("upper", "copy", "title", "double", "spell", "last")  # to the base
 KNOWN_EVERY = 4  # one line in so many is of these, or the base would lose them with the adapter on
 
@@ -28,12 +27,12 @@ CONSONANTS = "".join(letter for letter in string.ascii_lowercase if letter not i
 Line = dict[str, str]
 
 
-def make_lines() -> tuple[list[Line], list[Line]]:
+def make_lines(skill: str) -> tuple[list[Line], list[Line]]:
     """Return what to train on, and what to measure by: of the skill alone, by words that the former has not."""
-    words = _distinct_words(random.Random(SKILL))
-    gate = [_line(SKILL, word) for word in islice(words, NUM_GATE_LINES)]
+    words = _distinct_words(random.Random(skill))
+    gate = [_line(skill, word) for word in islice(words, NUM_GATE_LINES)]
     lines = [
-        _line(SKILL if place % KNOWN_EVERY else KNOWN[place // KNOWN_EVERY % len(KNOWN)], word)
+        _line(skill if place % KNOWN_EVERY else KNOWN[place // KNOWN_EVERY % len(KNOWN)], word)
         for place, word in enumerate(islice(words, NUM_LINES))
     ]
     return lines, gate

@@ -1,4 +1,4 @@
-"""The requests that go on while `motley demo-train` trains: the base and each adapter are asked one after the other.
+"""The requests that go on while `motley demo-train` trains: the base and the adapters are asked all the time.
 
 Owns who asks what and how often, and what counts as an answer. Works as any client does. Runs on the caller's event
 loop.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -19,7 +19,7 @@ from motley_client.demo_wave import Reply, ask
 from motley_client.errors import MotleyClientError
 
 BASE_SKILLS = ("upper", "copy")  # of which the base alone is asked
-PAUSE_SECONDS = 0.25  # from an answer to the next question of the same asker
+PAUSE_SECONDS = 0.1  # from an answer to the next question of the same asker
 TIMEOUT_SECONDS = 30.0
 
 
@@ -52,18 +52,32 @@ class Latency:
     p95_seconds: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Load:
+    """The requests that go on: what was asked so far, and how to have one more adapter asked."""
+
+    asked: list[Asked]
+    add: Callable[[str], None]
+
+
 @asynccontextmanager
-async def steady_requests(client: AsyncClient, adapters: Iterable[str]) -> AsyncIterator[list[Asked]]:
-    """Ask the base and the adapters, each its own skill, while the block runs; yield what was asked so far.
+async def steady_requests(client: AsyncClient, adapters: Iterable[str]) -> AsyncIterator[Load]:
+    """Ask the base and the adapters, each its own skill, while the block runs.
 
     Semantics: one request of each at a time, with a pause in between. One that fails is noted, and the next is asked.
     When the block has ended well, what is under way is waited for.
     """
     asked: list[Asked] = []
     is_over = asyncio.Event()
-    askers = [asyncio.create_task(_ask_on(client, adapter, asked, is_over)) for adapter in ("", *adapters)]
+    askers: list[asyncio.Task[None]] = []
+
+    def add(adapter: str) -> None:
+        askers.append(asyncio.create_task(_ask_on(client, adapter, asked, is_over)))
+
+    for adapter in ("", *adapters):
+        add(adapter)
     try:
-        yield asked
+        yield Load(asked, add)
         is_over.set()
         await asyncio.gather(*askers)
     finally:

@@ -1,19 +1,22 @@
-"""How `motley demo-train` lays out what it saw: the job, the requests beside it, and answers to words held out.
+"""How `motley demo-train` lays out what it saw: the jobs, the requests beside them, and answers to words held out.
 
 Knows nothing of what is right but what each reply says. Runs on any thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from motley_client.demo_scene import shorten
-from motley_client.demo_train_job import LIMIT_SECONDS, MIN_EXACT_MATCH, Watched, exact_match
+from motley_client.demo_train_courses import MIN_EXACT_MATCH
+from motley_client.demo_train_job import Watched, percentage
 from motley_client.demo_train_load import Asked, latency_of
 from motley_client.demo_wave import Reply
+
+LIMIT_SECONDS = 360  # what the training is said to take at most on two slow cores; other machines differ
 
 
 def load_table(phases: Mapping[str, Sequence[Asked]]) -> Table:
@@ -46,27 +49,40 @@ def word_table(replies: Sequence[Reply]) -> Table:
     return table
 
 
-def job_table(watched: Watched) -> Table:
-    """Lay out what the job came to."""
-    job, found = watched.job, watched.job.evaluation
-    table = Table(title="The job", show_header=False)
-    table.add_row("id", job.id)
-    table.add_row("state", "unknown" if job.state is None else job.state.value)
-    if job.version is not None:
-        table.add_row("published", f"{job.version.name}@{job.version.version} {shorten(job.version.digest)}")
-    if job.progress is not None:
-        table.add_row("steps", f"{job.progress.step} of {job.spec.batch_size} samples")
-    if found is not None:
-        table.add_row("held-out loss", f"{found.loss_before:.2f} before, {found.loss_after:.2f} after")
-        table.add_row("exact match", f"{exact_match(found)}; the gate asks for {MIN_EXACT_MATCH:.0%}")
-    if job.start_time is not None:
-        table.add_row("seconds in the queue", f"{(job.start_time - job.create_time).total_seconds():.1f}")
-    if watched.step_seconds is not None:
-        table.add_row("seconds of its steps", f"{watched.step_seconds:.1f}")
-    if job.end_time is not None:
-        total = (job.end_time - job.create_time).total_seconds()
-        table.add_row("seconds, all in all", f"{total:.1f}; on two slow cores {LIMIT_SECONDS} are the aim")
+def job_table(trained: Sequence[Watched]) -> Table:
+    """Lay out what the jobs came to, a column for each."""
+    seconds = sum(one.total_seconds or 0.0 for one in trained)
+    table = Table(
+        title="The jobs",
+        caption=f"{seconds:.0f} seconds in all; {LIMIT_SECONDS} are the aim on two slow cores",
+    )
+    table.add_column("", no_wrap=True)
+    columns = [list(_figures(watched)) for watched in trained]
+    for watched in trained:
+        table.add_column(watched.job.spec.adapter_name, no_wrap=True)
+    for row in zip(*columns, strict=True):
+        table.add_row(row[0][0], *(figure for _, figure in row))
     return table
+
+
+def _figures(watched: Watched) -> Iterable[tuple[str, str]]:
+    """Yield what a job came to, each figure with its name; one that nobody told is empty."""
+    job, found, version, progress = watched.job, watched.job.evaluation, watched.job.version, watched.job.progress
+    yield "method", "" if job.spec.method is None else job.spec.method.value
+    yield "state", "unknown" if job.state is None else job.state.value
+    yield "digest", "" if version is None else shorten(version.digest)
+    yield "steps", "" if progress is None else f"{progress.step} of {job.spec.batch_size}"
+    yield "held-out loss before", "" if found is None else f"{found.loss_before:.2f}"
+    yield "held-out loss after", "" if found is None else f"{found.loss_after:.2f}"
+    yield "exact match before", "" if found is None else percentage(found.exact_match_before)
+    yield "exact match after", "" if found is None else percentage(found.exact_match_after)
+    yield "the gate asks for", f"{MIN_EXACT_MATCH:.1%}"
+    yield "seconds of its steps", _seconds(watched.step_seconds)
+    yield "seconds, all in all", _seconds(watched.total_seconds)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f}"
 
 
 def _cell(reply: Reply) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from motley_client.demo_train_job import MIN_EXACT_MATCH, Watched, has_succeeded
-from motley_client.demo_train_lessons import SKILL
+from motley_client.demo_train_courses import MIN_EXACT_MATCH
+from motley_client.demo_train_job import Watched, has_succeeded
 from motley_client.demo_train_load import Asked
 from motley_client.demo_wave import Reply
 
@@ -23,10 +23,11 @@ def job_failures(watched: Watched) -> Iterable[str]:
         why = f": {job.reason}: {job.message}" if job.reason else ""
         yield f"the job {job.id} is {job.state.value if job.state else 'in a state unknown here'}{why}"
     if job.evaluation is None:
-        yield f"nobody told what held-out samples say of {SKILL}"
+        yield f"nobody told what held-out samples say of {job.spec.adapter_name}"
     elif not (job.evaluation.exact_match_after or 0.0) >= MIN_EXACT_MATCH:
         found = job.evaluation.exact_match_after
-        yield f"of the held-out answers {'none is known to be' if found is None else f'{found:.1%} are'} right"
+        share = "none is known to be" if found is None else f"{found:.1%} are"
+        yield f"of the held-out answers of {job.spec.adapter_name} {share} right"
 
 
 def load_failures(asked: Sequence[Asked]) -> Iterable[str]:
@@ -50,13 +51,13 @@ def answer_failures(replies: Sequence[Reply]) -> Iterable[str]:
             yield f"{asked} answers {reply.answer!r} to `{reply.skill}: {reply.word} =`, not {reply.right_answer!r}"
 
 
-def identity_failures(watched: Watched, asked: Sequence[Asked], replies: Sequence[Reply]) -> Iterable[str]:
+def identity_failures(trained: Iterable[Watched], asked: Sequence[Asked], replies: Sequence[Reply]) -> Iterable[str]:
     """Name the adapters that answered by another version than they should.
 
-    Semantics: that is the one which the job has published, and of every other adapter the one that answered first.
+    Semantics: that is the one which a job has published, and of every other adapter the one that answered first.
     """
-    version = watched.job.version
-    published = () if version is None else ((version.name, version.version, version.digest),)
+    versions = [watched.job.version for watched in trained]
+    published = [(version.name, version.version, version.digest) for version in versions if version is not None]
     served = [_identities(reply) for reply in (*(one.reply for one in asked if one.reply is not None), *replies)]
     expected: dict[str, Identity] = {}
     for identity in (*published, *chain(*served)):
