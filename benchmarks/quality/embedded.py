@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -54,6 +54,16 @@ def draw_texts(seed: int, *, learned_letters: int, held_out_letters: int, words_
             held_out[drawn] = None
     words = {skill: _held_out_words(rng, words_per_skill) for skill in KNOWN}
     return Texts(tuple(learned), tuple(held_out), words)
+
+
+def draw_sentences(name: str, count: int, apart_from: Collection[str] = ()) -> list[str]:
+    """Draw documents of prose of one sentence each, none of them among others."""
+    rng = random.Random(f"sentences {name}")
+    drawn: list[str] = []
+    while len(drawn) < count:
+        if (one := document(rng)).count(".") == 1 and one not in apart_from:
+            drawn.append(one)
+    return drawn
 
 
 def draw_lines(seed: int, skill: str, count: int, *, known_every: int = 0) -> list[Line]:

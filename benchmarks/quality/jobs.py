@@ -54,23 +54,28 @@ def run_job(
         job = Path(folder)
         for place, other in enumerate(apart_from):
             shutil.copytree(other, job / "adapters" / str(place))
-        data = {
-            "dataset": write_dataset(job / "data", learned),
-            "gate": {"dataset": write_dataset(job / "data", asked)},
-        }
-        request = {
-            "job_id": "job-0",
-            "spec": {**spec, **data},
-            "base": str(resolve_base(BASE)),
-            "base_name": BASE,
-            "dtype": DTYPE,
-            "served_quantization": "none",
-            "device": "cpu",
-        }
-        (job / "job.json").write_text(json.dumps(request))
+        write_job(job, spec, learned, asked)
         result = run(job, lambda event: None)
         shutil.move(job / "adapter", adapter)
     return result
+
+
+def write_job(job: Path, spec: Mapping[str, Any], learned: Iterable[Line], asked: Iterable[Line]) -> None:
+    """Write what a job is asked, and its data. Semantics: `spec` as for `run_job`."""
+    data = {
+        "dataset": write_dataset(job / "data", learned),
+        "gate": {**spec.get("gate", {}), "dataset": write_dataset(job / "data", asked)},
+    }
+    request = {
+        "job_id": "job-0",
+        "spec": {**spec, **data},
+        "base": str(resolve_base(BASE)),
+        "base_name": BASE,
+        "dtype": DTYPE,
+        "served_quantization": "none",
+        "device": "cpu",
+    }
+    (job / "job.json").write_text(json.dumps(request))
 
 
 def write_dataset(folder: Path, lines: Iterable[Line]) -> str:

@@ -12,7 +12,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
-def write_base(directory: Path) -> Path:
+def write_base(directory: Path, num_layers: int = plan.LAYERS) -> Path:
     """Write a random Llama, with the tokenizer of the embedded base."""
     config = LlamaConfig(
         hidden_size=plan.HIDDEN,
         intermediate_size=plan.FFN,
-        num_hidden_layers=plan.LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=plan.HEADS,
         num_key_value_heads=plan.KV_HEADS,
         vocab_size=plan.VOCABULARY,
@@ -76,7 +76,7 @@ def measure(cell: plan.Cell, seed: int, *, checkpoint: Path) -> Row:
 def measure_on(device: torch.device, cell: plan.Cell, seed: int, checkpoint: Path) -> Row:
     """Take some steps of training, and count.
 
-    Semantics: `growth` is by how much memory grew over what was held before the first step, at most.
+    Semantics: `growth` is by how much memory grew over what was held before the first step, at most; `held` is that.
     """
     base = load_job_base(checkpoint, name="random", dtype=cell.dtype, device=device, quantization=cell.quantization)
     weights = storage_bytes((*base.model.parameters(), *base.model.buffers()))
@@ -102,10 +102,12 @@ def measure_on(device: torch.device, cell: plan.Cell, seed: int, checkpoint: Pat
     return {
         "trained": sum(parameter.numel() for parameter in trained),
         "weights": weights,
+        "scales": storage_bytes(scales(base.model)),
         "state": storage_bytes((*trained, *gradients, *state)),
         "kept": sum(kept.by_all.values()),
         "kept_by_linears": sum(kept.by_linears.values()),
         "growth": growth,
+        "held": peak.before,
     }
 
 
@@ -138,6 +140,13 @@ def draw_batch(seed: int) -> Batch:
     return Batch(tokens, torch.ones_like(tokens), tokens)
 
 
+def scales(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what goes with weights in 4 bits: their scales, the scales of these, and the tables of both."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    for state in (state for state in states if state is not None):
+        yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return what tensors hold, every storage once."""
     found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -152,17 +161,17 @@ class Peak:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
+            self.before = torch.cuda.memory_allocated(device)
             return
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        self._before = resident("VmRSS")
+        self.before = resident("VmRSS")
 
     def growth(self) -> int:
         """Return by how many bytes it grew at most."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return resident("VmHWM") - self._before
+            return torch.cuda.max_memory_allocated(self._device) - self.before
+        return resident("VmHWM") - self.before
 
 
 def resident(name: str) -> int:

@@ -1,0 +1,68 @@
+"""Full training beside LoQT's: the trainer's own loop with every weight, on what a LoQT job of the same spec reads.
+
+The base that would be written is measured: its weights are rounded to the dtype that the original is stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from costs import CPU
+from jobs import DTYPE
+from motley_bases.loader import read_parsed_config, stored_dtype
+from motley_trainer.data.batches import Batch
+from motley_trainer.job.base import load_job_base
+from motley_trainer.job.checkpoint import Checkpoints
+from motley_trainer.job.drawn_base import write_drawn
+from motley_trainer.job.evaluation import mean_loss
+from motley_trainer.job.files import JobFiles
+from motley_trainer.job.loop import Training, train
+from motley_trainer.job.reporting import Reporter
+from motley_trainer.job.workbench import Workbench
+from motley_trainer.spec.settings import LoqtSettings, LoqtStart
+from torch import Tensor, nn
+
+
+class EveryWeight:
+    """All parameters of a model, embeddings and those that give the logits too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Return nothing more."""
+        return {}
+
+    def extra_loss(self, batch: Batch) -> None:
+        """Add nothing to the loss."""
+
+    def report(self) -> Mapping[str, object]:
+        """Tell nothing."""
+        return {}
+
+
+def train_full(job: Path) -> tuple[float, float]:
+    """Do what the job of a folder asks for, every weight trained; return the held-out loss before and after."""
+    request = JobFiles(job).request()
+    settings = request.spec.settings
+    assert isinstance(settings, LoqtSettings)
+    reporter = Reporter(lambda event: None, lambda: False)
+    data = Workbench(JobFiles(job), request, reporter).read_data()
+    origin = request.base
+    if settings.start is LoqtStart.SCRATCH:
+        origin = job / "drawn"
+        origin.mkdir()
+        write_drawn(origin, original=request.base, seed=request.spec.seed)
+    base = load_job_base(origin, name=request.base_name, dtype=DTYPE, device=CPU, quantization="none")
+    before = mean_loss(base.model, data.held_out)
+    weights = EveryWeight(base.model)
+    train(Training(base.model, weights, request.spec, data), Checkpoints(job / "checkpoints", {}), None, reporter)
+    stored = stored_dtype(origin, read_parsed_config(origin))
+    with torch.no_grad():
+        for parameter in weights.parameters.values():
+            parameter.copy_(parameter.to(stored))
+    return before, mean_loss(base.model, data.held_out)
