@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from claims import RULE
+from goat_plot import draw_goat
+from goat_section import goat_section
 from pruning_plot import draw_pruning
 from pruning_section import pruning_section
 from readings import Reading
@@ -24,9 +26,10 @@ RESULTS = HOUSE / "benchmarks" / "results"
 SECTIONS: dict[str, Callable[[Reading], str]] = {
     "quality_pruning": pruning_section,
     "quality_s2ft": s2ft_section,
+    "quality_goat": goat_section,
     "quality_training_memory": training_memory_section,
 }
-PLOTS: dict[str, Callable[[Reading, Path], None]] = {"quality_pruning": draw_pruning}
+PLOTS: dict[str, Callable[[Reading, Path], None]] = {"quality_pruning": draw_pruning, "quality_goat": draw_goat}
 
 HEAD = (
     "# Quality",

@@ -183,9 +183,9 @@ def test_a_job_that_died_while_it_moved_the_base_makes_it_again_from_the_last_ch
     real, moved = made_base.os.replace, []
 
     def replace(source: Any, target: Any) -> None:
-        if moved and "trained" in str(source):
+        if len(moved) == 2:
             raise KeyboardInterrupt
-        moved.extend([source] if "trained" in str(source) else [])
+        moved.extend([source] if "/stages/trained/" in str(source) else [])
         real(source, target)
 
     with monkeypatch.context() as patched:

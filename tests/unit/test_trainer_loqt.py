@@ -16,6 +16,7 @@ from motley_trainer.errors import DivergedError, SettingsError
 from motley_trainer.job.checkpoint import Checkpoints
 from motley_trainer.job.optimizers import WideAdamW, make_optimizer
 from motley_trainer.job.reporting import JobCancelledError
+from motley_trainer.methods.loqt import merges_to_json
 from motley_trainer.methods.loqt_schedule import merge_steps
 from motley_trainer.spec.settings import LoqtDecomposition, LoqtSchedule, LoqtSettings, OptimizerSettings, Schedule
 from small_loqts import SmallLoqt, linear_paths, small_model, whole_weights
@@ -269,11 +270,15 @@ def test_a_training_that_is_begun_again_between_and_at_merges_gives_the_same_bit
 
     undisturbed = make()
     undisturbed.train(tmp_path / "undisturbed")
+    told: list[Any] = []
     for stop in (2, 1, 1, 2, 1):
+        stopped = make()
         with pytest.raises(JobCancelledError):
-            make().train(tmp_path / "stopped", stop_after(stop))
+            stopped.train(tmp_path / "stopped", stop_after(stop))
+        told += [merge for event in stopped.events if "merges" in event for merge in event["merges"]["merges"]]
     again = make()
     again.train(tmp_path / "stopped")
+    assert told == merges_to_json(undisturbed.attached.merges)  # both before the last run, and each once
     one, other = all_of(tmp_path / "undisturbed"), all_of(tmp_path / "stopped")
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -369,7 +374,8 @@ def test_no_number_at_a_merge_ends_the_training_and_the_last_checkpoint_is_good(
     broken.training = undisturbed.training
     with monkeypatch.context() as patched:
         patched.setattr(type(undisturbed.attached), "begin_step", begin_step)
-        with pytest.raises(DivergedError, match="at a merge") as ended:
+        what = "at a merge, the loss is nan" if when == "loss" else "at a merge: the gradient of"
+        with pytest.raises(DivergedError, match=what) as ended:
             broken.train(tmp_path / "broken")
     assert (ended.value.reason, ended.value.field) == ("LOSS_NOT_FINITE", "optimizer.learning_rate")
     if when == "gradient":
