@@ -75,7 +75,7 @@ bench: install ## The measurements on this machine, beside their peers
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v '_gpu\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 # A subject is one script there; `make quality-page` measures nothing, and writes the page from the result files as they are.
-quality: install ## Measure what the methods' claims come to on the embedded base, and write docs/quality.md, which says how long that took
+quality: install ## Measure what the methods' claims come to on the embedded base (those of training, where torch sees a GPU, on a larger one), and write docs/quality.md, which says how long that took
 	@for script in $$(grep -l __main__ benchmarks/quality/*.py | grep -v '/page\.py$$'); do echo "== $$script"; $(BIN)/python "$$script"; done
 	$(BIN)/python benchmarks/quality/page.py
 

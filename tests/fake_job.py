@@ -44,7 +44,7 @@ def result(passed: bool) -> None:
     say(evaluation=evaluation)
     reason = "" if passed else "GATE_NOT_PASSED"
     content = {"digest": "sha256:1", "evaluation": evaluation, "passed": passed, "reason": reason, "message": ""}
-    if json.loads((DIR / "job.json").read_text())["spec"]["method"] == "TRAINING_METHOD_LOQT":
+    if json.loads((DIR / "job.json").read_text()).get("spec", {}).get("method") == "TRAINING_METHOD_LOQT":
         content |= make_base()
     else:
         adapter = DIR / "adapter"

@@ -40,7 +40,7 @@ def loram_job(folder: Path, base: Path, *, align: Mapping[str, Any] | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     outer = {name: more.pop(name) for name in ("quantization", "served", "dtype", *SPEC) if name in more}
     settings = {"lora": {"rank": 3}, "layers": LAYERS, **more}
-    if "same_cut_as" in settings:
+    if "same_cut_as" in settings or settings.get("ratio") == "0":
         del settings["layers"]
     if align is not None:
         settings["alignment"] = {"dataset": write_dataset(folder / "data", TEXT), **ALIGNMENT, **align}

@@ -29,7 +29,9 @@ def attach(
 ) -> AttachedGoat:
     model.requires_grad_(False)
     spec = replace(spec_of(model), quantization=quantization)
-    return Goat(settings).attach(model, Context(spec, seed, lambda count: []), more.get("resumed"))
+    return Goat(settings).attach(
+        model, Context(spec, seed, lambda count: [], spectra=more.get("spectra")), more.get("resumed")
+    )
 
 
 def small_model() -> PreTrainedModel:

@@ -49,6 +49,7 @@ class SmallLoqt:
     training: Mapping[str, Any] = field(default_factory=dict)
     optimizing: Mapping[str, Any] = field(default_factory=dict)
     events: list[Mapping[str, Any]] = field(default_factory=list)
+    original: str | None = None
 
     @classmethod
     def of(cls, quantization: str = "nf4", *, model: PreTrainedModel | None = None, **settings: Any) -> SmallLoqt:
@@ -67,7 +68,7 @@ class SmallLoqt:
         """Take the Linears' places."""
         assert self.spec.steps is not None
         buffers = None if resumed is None else buffers_of(resumed)
-        method = Loqt(self.settings, self.quantization)
+        method = Loqt(self.settings, self.quantization, self.original)
         self.attached = method.attach(self.model, linear_paths(self.model), self.spec.steps, buffers)
         return self.attached
 

@@ -95,14 +95,12 @@ def check_base(manifest: Manifest, base: BaseSpec) -> None:
     Semantics: a LoRA may leave its base undeclared. S2FT and GOAT change or build on the base's very weights, so both
     fields must name the base. LoRAM must name the base it serves on, and is trained on another: a pruned copy. A LoRA
     or S2FT of an original that was cut down to this pruned copy names both.
-    Raises: AdapterFormatError with reason MISSING_FIELD; AdapterMismatchError with reason BASE_MISMATCH, naming both
+    Raises: AdapterFormatError with reason MISSING_FIELD; AdapterMismatchError with reason BASE_MISMATCH, naming the
     fingerprints.
     """
     declared = {"trained_on": manifest.trained_on, "serves_on": manifest.serves_on}
     required = {_PLAIN_KIND: (), _PRUNED_KIND: ("serves_on",)}.get(manifest.kind, tuple(declared))
     equal = ("serves_on",) if manifest.kind == _PRUNED_KIND else tuple(declared)
-    if manifest.kind == _PRUNED_KIND and manifest.trained_on == base.fingerprint:
-        raise _mismatch("trained_on", manifest.trained_on, base, "; this kind is trained on a pruned copy of it")
     for name in required:
         if declared[name] == UNDECLARED:
             message = f"{_ROOT}.{name} is missing: the kind {manifest.kind} is bound to a base"
@@ -113,6 +111,12 @@ def check_base(manifest: Manifest, base: BaseSpec) -> None:
     for name in equal:
         if declared[name] not in (UNDECLARED, base.fingerprint):
             raise _mismatch(name, declared[name], base)
+    if manifest.kind == _PRUNED_KIND and manifest.trained_on == base.fingerprint:
+        message = (
+            f"{_ROOT}.serves_on names the base that trained_on names, {base.name} ({base.fingerprint}): the kind "
+            f"{_PRUNED_KIND} is trained on a pruned copy, and serves on the whole base that the copy was made of"
+        )
+        raise AdapterMismatchError(message, reason="BASE_MISMATCH", field=f"{_ROOT}.serves_on")
 
 
 def check_digest(manifest: Manifest, digest: str) -> None:
@@ -125,8 +129,8 @@ def check_digest(manifest: Manifest, digest: str) -> None:
         raise AdapterFormatError(message, reason="DIGEST_MISMATCH", field=f"{_ROOT}.digest")
 
 
-def _mismatch(name: str, declared: str, base: BaseSpec, hint: str = "") -> AdapterMismatchError:
-    message = f"{_ROOT}.{name} is {declared}, but {base.name} is {base.fingerprint}{hint}"
+def _mismatch(name: str, declared: str, base: BaseSpec) -> AdapterMismatchError:
+    message = f"{_ROOT}.{name} is {declared}, but {base.name} is {base.fingerprint}"
     return AdapterMismatchError(message, reason="BASE_MISMATCH", field=f"{_ROOT}.{name}")
 
 

@@ -81,6 +81,26 @@ def parse_header(
     Semantics: returns the entries in file order, and the offset of the first byte after the header.
     Raises: AdapterFormatError; the field is a tensor's name, or the file's where no tensor is at fault.
     """
+    header, _, length = _header(content, file)
+    if len(header) > MAX_TENSORS:
+        _refuse(file, "TOO_MANY_TENSORS", f"the header names {len(header)} tensors, at most {MAX_TENSORS} are read")
+    entries = sorted(
+        (_entry(name, value, file, dtypes) for name, value in header.items()), key=lambda entry: entry.begin
+    )
+    _check_coverage(entries, len(content) - 8 - length, file)
+    return tuple(entries), 8 + length
+
+
+def parse_metadata(content: bytes | bytearray | mmap.mmap, *, file: str = TENSOR_FILE) -> Mapping[str, str]:
+    """Return the texts that the header has beside the tensors; nothing else of the file is looked at.
+
+    Raises: AdapterFormatError for a header that is none; the field is the file's.
+    """
+    return _header(content, file)[1]
+
+
+def _header(content: bytes | bytearray | mmap.mmap, file: str) -> tuple[dict[str, object], dict[str, str], int]:
+    """Return what the header says of tensors, what it says beside, and its length."""
     length = _header_length(content, file)
     raw = bytes(content[8 : 8 + length])
     if not raw.startswith(b"{"):
@@ -89,13 +109,7 @@ def parse_header(
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(file, "BAD_HEADER", "__metadata__ is not a map of strings")
-    if len(header) > MAX_TENSORS:
-        _refuse(file, "TOO_MANY_TENSORS", f"the header names {len(header)} tensors, at most {MAX_TENSORS} are read")
-    entries = sorted(
-        (_entry(name, value, file, dtypes) for name, value in header.items()), key=lambda entry: entry.begin
-    )
-    _check_coverage(entries, len(content) - 8 - length, file)
-    return tuple(entries), 8 + length
+    return header, metadata, length
 
 
 def _tensor(content: bytes | bytearray | mmap.mmap, begin: int, entry: TensorEntry) -> Tensor:

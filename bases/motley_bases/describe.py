@@ -16,6 +16,7 @@ from motley_bases.admission import rope_parameters
 from motley_bases.errors import UnsupportedBaseError
 from motley_bases.generation import StoredGeneration, generation_defaults
 from motley_bases.probe import ProbeReport
+from motley_bases.pruned_models import is_prunable
 from motley_bases.quantization import is_linear, is_quantized
 from motley_bases.spec import BaseSpec
 
@@ -67,6 +68,7 @@ def describe(
         generation=generation_defaults(stored, model.config, tokenizer, embedding.num_embeddings),
         tied_embeddings=lm_head.weight is embedding.weight,
         has_chat_template=bool(tokenizer.chat_template),
+        is_prunable=is_prunable(model.config),
     )
 
 

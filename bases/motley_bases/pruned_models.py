@@ -118,14 +118,18 @@ def is_pruned(config: PreTrainedConfig) -> bool:
     return str(config.model_type).startswith(PREFIX)
 
 
+def is_prunable(config: PreTrainedConfig) -> bool:
+    """Tell whether a model's dependency groups are known in closed form."""
+    return str(config.model_type).removeprefix(PREFIX) in CLASSES
+
+
 def check_prunable(config: PreTrainedConfig) -> None:
     """Refuse a model whose dependency groups are not known in closed form.
 
     Raises: UnsupportedBaseError with reason NOT_PRUNABLE.
     """
-    model_type = str(config.model_type).removeprefix(PREFIX)
-    if model_type not in CLASSES:
-        known = ", ".join(CLASSES)
+    if not is_prunable(config):
+        model_type, known = str(config.model_type).removeprefix(PREFIX), ", ".join(CLASSES)
         raise UnsupportedBaseError(
             f"{model_type} cannot be pruned: which of its channels go together is known for {known} alone",
             reason="NOT_PRUNABLE",

@@ -40,7 +40,8 @@ class BaseSpec:
     (in_features, out_features) of every nn.Linear of the decoder, `lm_head` included; `embedding_path` names the token
     embedding, [vocab_size, hidden_size]; `other_modules` are the paths of every other module, so that an adapter naming
     one is refused with a reason. `fingerprint` is "sha256:..." over what is stored, before any quantizer; `pruned_from`
-    is that of the original of which a pruned base keeps a part.
+    is that of the original of which a pruned base keeps a part. `is_prunable` says whether it is known which of its
+    heads and channels go together, which is so for some families alone.
     """
 
     name: str
@@ -60,6 +61,7 @@ class BaseSpec:
     has_chat_template: bool
     pruned_from: str | None = None
     quantization: str = "none"  # what is held in memory: none, nf4 or int8
+    is_prunable: bool = True
 
     @property
     def identity(self) -> str:

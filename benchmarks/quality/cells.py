@@ -1,6 +1,6 @@
-"""Every cell of a subject under every seed, several at a time, and what each gave side by side, in one result file.
+"""Every cell of a script under every seed, several at a time, and what each gave side by side, in one result file.
 
-Owns the command line that all subjects share, the processes and the file. A process takes one thread, so that a figure
+Owns the command line that all scripts share, the processes and the file. A process takes one thread, so that a figure
 does not depend on how many there are. Knows nothing of what is measured.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,26 +22,45 @@ from typing import Any, TypeVar
 sys.path.append(str(Path(__file__).parents[1]))
 
 from machine import RESULTS, describe_machine
+from subject import CPU, EMBEDDED, GPU, LARGER, TRAINING, choose, sees_gpu, use
 
 SEEDS = (1, 2, 3, 4, 5)
+MOST_ON_GPU = 4  # processes, each with its own copy of the base
 
 Cell = TypeVar("Cell")
 Row = dict[str, float]
 
 
-def parse_options(doc: str | None) -> argparse.Namespace:
+def parse_options(doc: str | None, *, has_subject: bool = False) -> argparse.Namespace:
     """Read the command line; `seeds` is the seeds themselves, `out` None where nothing is to be written.
 
-    Semantics: `began` is when, on the monotonic clock.
+    Semantics: `began` is when, on the monotonic clock; `subject` what is measured on, which the command line chooses
+    where a script `has_subject`, and otherwise is the embedded base on the CPU.
+    Effects: trains the subject at first need, and makes it this process's.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer write nothing, unless --out is given")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--jobs", type=int, help=f"processes; one for each core, and on a GPU {MOST_ON_GPU} at most")
     parser.add_argument("--out", type=Path, help="instead of the file that the page is made from")
+    if has_subject:
+        parser.add_argument("--subject", choices=(EMBEDDED, LARGER), help=f"{LARGER} where there is a GPU")
+        parser.add_argument("--device", choices=(CPU, GPU))
+        parser.add_argument("--training", type=shlex.split, help="what recipes/tiny/train_base.py is told instead")
     options = parser.parse_args()
     if not 1 <= options.seeds <= len(SEEDS):
         parser.error(f"--seeds is 1 to {len(SEEDS)}")
     options.seeds = SEEDS[: options.seeds]
+    if not has_subject:
+        vars(options).update(subject=EMBEDDED, device=CPU, training=None)
+    elif options.device == GPU and not sees_gpu():
+        parser.error("torch sees no GPU")
+    options.subject = choose(options.subject, options.device, options.training or TRAINING)
+    use(options.subject)
+    if has_subject:
+        print(f"measuring on {options.subject.directory}, on {options.subject.device}")
+    if options.jobs is None:
+        num_cores = len(os.sched_getaffinity(0))
+        options.jobs = num_cores if options.subject.device == CPU else min(num_cores, MOST_ON_GPU)
     options.began = time.monotonic()
     return options
 
@@ -59,7 +79,9 @@ def measure_cells(
     """
     began, rows = time.monotonic(), {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1 if is_alone else None) as pool:
+    with ProcessPoolExecutor(
+        options.jobs, context, use, (options.subject,), max_tasks_per_child=1 if is_alone else None
+    ) as pool:
         started = {
             pool.submit(measure, cell, seed): (place, seed)
             for place, cell in enumerate(cells)
@@ -80,9 +102,10 @@ def measure_cells(
 
 def write(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:
     """Write the result file beside the machine it was measured on and the minutes, where one is to be written."""
-    path = options.out or (RESULTS / f"{name}.json" if options.seeds == SEEDS else None)
+    is_whole = options.seeds == SEEDS and not options.training
+    path = options.out or (RESULTS / f"{name}{options.subject.suffix}.json" if is_whole else None)
     if path is None:
-        print(f"{len(options.seeds)} of {len(SEEDS)} seeds: nothing written")
+        print(f"{len(options.seeds)} of {len(SEEDS)} seeds, or a base of another training: nothing written")
         return
     machine = describe_machine() | {"processes": options.jobs}
     setting = result["setting"] | {"minutes": round((time.monotonic() - options.began) / 60, 1)}

@@ -1,4 +1,4 @@
-"""The embedded base as the subject of a measurement, and text of its town by seed: to learn from, and held out.
+"""Text of the embedded base's town by seed: to learn from, and held out.
 
 Owns that nothing held out is learned from: no document of the one text is in the other, and the words that skills are
 asked about are those that no text to learn from may have. The words, the grammar and what counts as right are the
@@ -22,7 +22,6 @@ from answering import share_right
 from prose import document
 from skills import KNOWN, answer, draw_word, prompt
 
-BASE = "tiny"
 NUM_SKILLS = len(KNOWN)
 
 Line = dict[str, str]

@@ -5,14 +5,12 @@ The base that would be written is measured: its weights are rounded to the dtype
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from costs import CPU
 from jobs import DTYPE
 from motley_bases.loader import read_parsed_config, stored_dtype
-from motley_trainer.data.batches import Batch
+from motley_trainer.job.alignment import AllWeights
 from motley_trainer.job.base import load_job_base
 from motley_trainer.job.checkpoint import Checkpoints
 from motley_trainer.job.drawn_base import write_drawn
@@ -22,27 +20,6 @@ from motley_trainer.job.loop import Training, train
 from motley_trainer.job.reporting import Reporter
 from motley_trainer.job.workbench import Workbench
 from motley_trainer.spec.settings import LoqtSettings, LoqtStart
-from torch import Tensor, nn
-
-
-class EveryWeight:
-    """All parameters of a model, embeddings and those that give the logits too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_()
-
-    def buffers(self) -> Mapping[str, Tensor]:
-        """Return nothing more."""
-        return {}
-
-    def extra_loss(self, batch: Batch) -> None:
-        """Add nothing to the loss."""
-
-    def report(self) -> Mapping[str, object]:
-        """Tell nothing."""
-        return {}
 
 
 def train_full(job: Path) -> tuple[float, float]:
@@ -57,9 +34,11 @@ def train_full(job: Path) -> tuple[float, float]:
         origin = job / "drawn"
         origin.mkdir()
         write_drawn(origin, original=request.base, seed=request.spec.seed)
-    base = load_job_base(origin, name=request.base_name, dtype=DTYPE, device=CPU, quantization="none")
+    base = load_job_base(
+        origin, name=request.base_name, dtype=DTYPE, device=torch.device(request.device), quantization="none"
+    )
     before = mean_loss(base.model, data.held_out)
-    weights = EveryWeight(base.model)
+    weights = AllWeights(base.model, trains_output=True)
     train(Training(base.model, weights, request.spec, data), Checkpoints(job / "checkpoints", {}), None, reporter)
     stored = stored_dtype(origin, read_parsed_config(origin))
     with torch.no_grad():

@@ -26,7 +26,7 @@ import goat_plan as plan
 from cells import Row, measure_cells, parse_options, write
 from embedded import draw_asked, draw_lines
 from goat_mixture import begin_as_lora, train_from
-from jobs import num_parameters, open_base, run_job
+from jobs import num_parameters, open_base, run_job, subject_facts
 from motley_adapters.formats import MANIFEST_FILE
 
 Trials = Sequence[Mapping[str, Any]]
@@ -129,11 +129,12 @@ def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print as it goes, write the result file."""
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, has_subject=True)
     trials = tune(options)
     cells = measure_cells(plan.list_cells(), partial(measure_cell, trials=trials), options)
     config = open_base().model.config
     setting = {
+        "subject": subject_facts(),
         "steps": plan.STEPS,
         "rows": plan.ROWS,
         "asked": plan.NUM_ASKED,

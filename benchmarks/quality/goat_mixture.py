@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from costs import CPU
-from embedded import BASE, Line
-from jobs import DTYPE, MAX_LENGTH, write_dataset
-from motley_bases.checkpoint import resolve_base
+from embedded import Line
+from jobs import MAX_LENGTH, load_subject, write_dataset
 from motley_trainer.data.training_data import read_data
-from motley_trainer.job.base import load_job_base
 from motley_trainer.job.checkpoint import Checkpoints
 from motley_trainer.job.evaluation import Evaluation, measure
 from motley_trainer.job.loop import Training, train
@@ -27,6 +24,7 @@ from motley_trainer.methods.goat_linear import GoatLinear
 from motley_trainer.methods.method import Context
 from motley_trainer.spec.reading import read_spec
 from motley_trainer.spec.settings import derived_seed
+from subject import current
 from torch import nn
 
 
@@ -42,7 +40,7 @@ def train_from(
     Semantics: `spec`, `learned` and `asked` as of `run_job`; `begin` gets the model and the spec's seed. The method
     looks at no data before the first step.
     """
-    base = load_job_base(resolve_base(BASE), name=BASE, dtype=DTYPE, device=CPU, quantization="none")
+    base = load_subject(current())
     ends = base.spec.generation.eos_token_ids
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "data")
@@ -68,6 +66,7 @@ def begin_as_lora(model: nn.Module, seed: int) -> None:
     initial = torch.Generator().manual_seed(derived_seed(seed, "mixture"))
     for module in model.modules():
         if isinstance(module, GoatLinear):
-            nn.init.kaiming_uniform_(module.goat_a, a=math.sqrt(5), generator=initial)
+            drawn = torch.empty(module.goat_a.shape)
+            module.goat_a.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=initial))
             for factor in (module.goat_b, module.residual_a, module.residual_b):
                 factor.zero_()

@@ -27,6 +27,7 @@ from goat_plan import (
     chosen_rate,
 )
 from goat_tables import balance_table, count, methods_table, rates_table, segments_table, sweep_table
+from measured_on import measured_on
 from readings import Reading
 from tables import paragraph
 
@@ -51,7 +52,7 @@ def goat_section(reading: Reading) -> str:
         "### Two scales over learning rates",
         _sweep(reading),
         sweep_table(reading),
-        "![Loss and right answers by learning rate and scale](../benchmarks/results/quality_goat.png)",
+        f"![Loss and right answers by learning rate and scale](../benchmarks/results/{reading.name}.png)",
         "### Where tokens go",
         _balance(reading),
         balance_table(reading),
@@ -62,13 +63,11 @@ def goat_section(reading: Reading) -> str:
 
 
 def _opening(reading: Reading) -> str:
-    machine = reading["machine"]
     return paragraph(
         f"""A rank is split among experts, each begun from another slice of the weight's spectrum, among which a router
         chooses token by token, and multiplied by a scale worked out beforehand
         ([arXiv:2502.16894](https://arxiv.org/abs/2502.16894); the method `goat` of `motley train`). Measured by
-        `python benchmarks/quality/goat.py` on {machine["cores"]} cores of an {machine["cpu"]} ({machine["processes"]}
-        processes of one thread, torch {machine["torch"]})."""
+        `python benchmarks/quality/goat.py` {measured_on(reading)}."""
     )
 
 

@@ -16,27 +16,50 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from costs import CPU
-from embedded import BASE, Line
-from motley_bases.checkpoint import resolve_base
+from embedded import Line
 from motley_bases.loader import PlainBase
 from motley_trainer.data.lines import read_passages
 from motley_trainer.data.samples import Sample, encode_passages
 from motley_trainer.job.base import load_job_base
 from motley_trainer.job.files import Result
 from motley_trainer.job.run import run
+from motley_trainer.pruning.surgery import num_parameters as num_base_parameters
 from motley_trainer.spec.settings import OverLength
+from subject import Subject, current
 from transformers import PreTrainedTokenizerBase
 
 DTYPE = "float32"
 MAX_LENGTH = 512  # tokens, the base's context
 
 
-@cache
 def open_base() -> PlainBase:
-    """Load the embedded base as jobs do, once in a process, to measure adapters on."""
+    """Return the subject as jobs load it, once in a process, to measure adapters on."""
     torch.set_num_threads(1)
-    return load_job_base(resolve_base(BASE), name=BASE, dtype=DTYPE, device=CPU, quantization="none")
+    return _opened(current())
+
+
+@cache
+def _opened(subject: Subject) -> PlainBase:
+    return load_subject(subject)
+
+
+def load_subject(subject: Subject) -> PlainBase:
+    """Load the subject as jobs do."""
+    device = torch.device(subject.device)
+    return load_job_base(subject.directory, name=subject.name, dtype=DTYPE, device=device, quantization="none")
+
+
+def subject_facts() -> dict[str, Any]:
+    """Return what a result file says of the subject it was measured on."""
+    base, subject = open_base(), current()
+    return {
+        "name": subject.name,
+        "fingerprint": base.spec.fingerprint,
+        "parameters": num_base_parameters(base.model),
+        "layers": base.model.config.num_hidden_layers,
+        "hidden": base.model.config.hidden_size,
+        "device": subject.device,
+    }
 
 
 def run_job(
@@ -60,20 +83,26 @@ def run_job(
     return result
 
 
-def write_job(job: Path, spec: Mapping[str, Any], learned: Iterable[Line], asked: Iterable[Line]) -> None:
-    """Write what a job is asked, and its data. Semantics: `spec` as for `run_job`."""
+def write_job(
+    job: Path, spec: Mapping[str, Any], learned: Iterable[Line], asked: Iterable[Line], base: Path | None = None
+) -> None:
+    """Write what a job is asked, and its data.
+
+    Semantics: `spec` as for `run_job`; `base` is the subject unless told.
+    """
     data = {
         "dataset": write_dataset(job / "data", learned),
         "gate": {**spec.get("gate", {}), "dataset": write_dataset(job / "data", asked)},
     }
+    subject = current()
     request = {
         "job_id": "job-0",
         "spec": {**spec, **data},
-        "base": str(resolve_base(BASE)),
-        "base_name": BASE,
+        "base": str(base or subject.directory),
+        "base_name": subject.name,
         "dtype": DTYPE,
         "served_quantization": "none",
-        "device": "cpu",
+        "device": subject.device,
     }
     (job / "job.json").write_text(json.dumps(request))
 

@@ -1,4 +1,4 @@
-"""How LoQT trains whole bases beside full training, from drawn weights and on from the embedded base.
+"""How LoQT trains whole bases beside full training, from drawn weights and on from what the base knows.
 
 Every seed has prose of its own, to learn from and held out. LoQT's bases come out of training jobs in float32 on one
 thread, by the trainer's own code; full training is its loop with every weight. What is measured is the base that is
@@ -23,7 +23,8 @@ import loqt_plan as plan
 from cells import Row, measure_cells, parse_options, write
 from embedded import Line, draw_sentences
 from full_training import train_full
-from jobs import write_job
+from half_size import write_half_size
+from jobs import open_base, subject_facts, write_job
 from motley_trainer.job.run import run
 
 Trials = Sequence[Mapping[str, Any]]
@@ -56,7 +57,12 @@ def train(start: str, way: str, rate: float, seed: int, steps: int | None = None
     learned, held_out = open_texts(seed)
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)
-        write_job(job, make_spec(start, way, rate, seed, steps), learned[: steps * plan.ROWS], held_out)
+        base, hidden = None, int(open_base().model.config.hidden_size)
+        if start == plan.SCRATCH:
+            base = job / "half"
+            hidden = write_half_size(base)
+        spec = make_spec(start, way, rate, seed, steps, plan.rank_of(hidden))
+        write_job(job, spec, learned[: steps * plan.ROWS], held_out, base)
         if way == plan.FULL:
             before, after = train_full(job)
             return {"loss_before": round(before, 5), "loss": round(after, 5), "merges": 0}
@@ -70,12 +76,12 @@ def train(start: str, way: str, rate: float, seed: int, steps: int | None = None
     }
 
 
-def make_spec(start: str, way: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+def make_spec(start: str, way: str, rate: float, seed: int, steps: int, rank: int) -> dict[str, Any]:
     """Return the JSON of a TrainingSpec: what is not here is the trainer's default."""
     loqt = {
         "start": "LOQT_START_SCRATCH" if start == plan.SCRATCH else "LOQT_START_BASE",
-        "rank": plan.RANK,
-        **({} if way == plan.NEVER else {"merge_interval": plan.INTERVAL}),
+        "rank": rank,
+        **({} if way == plan.NEVER else {"merge_interval": plan.INTERVALS[start]}),
         **plan.SETTINGS.get(way, {}),
     }
     return {
@@ -97,16 +103,16 @@ def make_spec(start: str, way: str, rate: float, seed: int, steps: int) -> dict[
 
 def main() -> None:
     """Measure, print as it goes, write the result file."""
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, has_subject=True)
     tuning = argparse.Namespace(**vars(options) | {"seeds": (plan.TUNING_SEED,)})
     trials = measure_cells(plan.list_trials(), measure_trial, tuning)
     lessons = (*(plan.Lesson(start) for start in plan.STEPS), *plan.list_lessons())
     cells = measure_cells(lessons, partial(measure_lesson, trials=trials), options)
     setting = {
+        "subject": subject_facts(),
         "steps": plan.STEPS,
         "rows": plan.ROWS,
-        "rank": plan.RANK,
-        "interval": plan.INTERVAL,
+        "intervals": plan.INTERVALS,
         "held_out": plan.NUM_HELD_OUT,
     }
     write("quality_loqt", {"setting": setting, "trials": trials, "cells": cells}, options)

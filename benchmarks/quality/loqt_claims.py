@@ -11,7 +11,6 @@ from loqt_plan import (
     CONTINUED,
     FULL,
     KEPT_MOMENTS,
-    LINEAR,
     LOQT,
     NEVER,
     SCRATCH,
@@ -24,8 +23,6 @@ from loqt_plan import (
 from readings import Reading
 from tables import loss
 
-NO_FIGURE = "no figure"
-
 
 def list_claims(reading: Reading) -> list[Claim]:
     """List the claims, ready to be judged."""
@@ -37,7 +34,6 @@ def list_claims(reading: Reading) -> list[Claim]:
         ("merging ends below one low-rank training", "24.57 against LoRA's 33.92 (130M)", LOQT, NEVER),
         ("compensated ends below not compensated", "about 3.5 less", LOQT, UNCOMPENSATED),
         ("intervals that grow end below static ones", "about 1.5 less", LOQT, STATIC),
-        ("exponential intervals end below linear ones", NO_FIGURE, LOQT, LINEAR),
         ("moments begun anew end below moments kept", "kept by its authors' code; no figure", LOQT, KEPT_MOMENTS),
     )  # fmt: skip
     return [Claim(says, paper, _findings(reading, first, second), loss) for says, paper, first, second in said]

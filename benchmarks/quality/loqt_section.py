@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from claims import claims_table
 from loqt_claims import list_claims
-from loqt_plan import CONTINUED, FULL, KEPT_MOMENTS, LOQT, NEVER, RATES, SCRATCH, chosen_rate
+from loqt_plan import CONTINUED, FULL, GROWTH, KEPT_MOMENTS, LOQT, NEVER, RATES, SCRATCH, chosen_rate
 from loqt_tables import STARTS, rate, rates_table, ways_table
+from measured_on import measured_on
 from readings import Reading
 from tables import paragraph
 
@@ -31,13 +32,11 @@ def loqt_section(reading: Reading) -> str:
 
 
 def _opening(reading: Reading) -> str:
-    machine = reading["machine"]
     return paragraph(
         f"""The Linears of the layers are held in NF4, and of each only one low-rank factor learns at a time, which is
         merged into the weights again and again ([arXiv:2405.16528](https://arxiv.org/abs/2405.16528); the method `loqt`
-        of `motley train`). What comes out is a base and no adapter. Measured by `python benchmarks/quality/loqt.py` on
-        {machine["cores"]} cores of an {machine["cpu"]} ({machine["processes"]} processes of one thread, torch
-        {machine["torch"]})."""
+        of `motley train`). What comes out is a base and no adapter. Measured by `python benchmarks/quality/loqt.py`
+        {measured_on(reading)}."""
     )
 
 
@@ -53,13 +52,15 @@ def _reading_the_claims() -> str:
 def _training(reading: Reading) -> str:
     setting = reading["setting"]
     return paragraph(
-        f"""The text is the base's own prose, which is an eighth of what it has learned: a sentence a sample,
-        drawn anew for each of {len(reading["seeds"])} seeds, {setting["rows"]} samples a step. From drawn
-        weights {setting["steps"][SCRATCH]} steps, on from the embedded base {setting["steps"][CONTINUED]}; a tenth of
-        warm-up, then a cosine; rank {setting["rank"]}, a quarter of the hidden size; a merge every
-        {setting["interval"]} steps at first. LoQT comes out of a training job; full training is the same loop with
-        AdamW on every weight in float32. Both are measured as the base that they write, in bfloat16, on
-        {setting["held_out"]} sentences that no sample has."""
+        f"""The text is the base's own prose, which is an eighth of what it has learned: a sentence a sample, drawn
+        anew for each of {len(reading["seeds"])} seeds, {setting["rows"]} samples a step. On from the base
+        {setting["steps"][CONTINUED]} steps are taken, and {setting["steps"][SCRATCH]} from the drawn weights of a base
+        that is half as wide and half as deep, or it would get nowhere in so few. A tenth is warm-up, then comes a
+        cosine. The rank is a quarter of the hidden size, and the first merge comes after
+        {setting["intervals"][SCRATCH]} steps from scratch and {setting["intervals"][CONTINUED]} from the base; each
+        later interval is that, and {GROWTH["growth"]:g} to the power of the merges so far. LoQT comes out of a training
+        job; full training is the same loop with AdamW on every weight in float32. Both are measured as the base that
+        they write, in bfloat16, on {setting["held_out"]} sentences that no sample has."""
     )
 
 
@@ -80,7 +81,8 @@ def _rates(reading: Reading) -> str:
 def _ways() -> str:
     return paragraph(
         f"""The mean over the seeds, the least and the greatest. `{NEVER}` chooses its factors before the first step and
-        keeps them, as a LoRA of this rank on a quantized base would; its embeddings and norms learn as everybody's do.
+        keeps them: a LoRA of this rank on a quantized base, of which one factor learns; its embeddings and norms learn
+        as everybody's do.
         `{KEPT_MOMENTS}` keeps the optimizer's moments over a merge, as the authors' code does; `{LOQT}` and all others
         begin them anew. `{FULL}` has no merges to count."""
     )

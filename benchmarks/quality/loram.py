@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import loram_plan as plan
 from cells import Row, measure_cells, parse_options, write
 from embedded import Line, draw_asked, draw_lines, draw_texts
-from jobs import num_parameters, open_base, read_samples, write_dataset
+from jobs import num_parameters, open_base, read_samples, subject_facts, write_dataset
 from loram_job import measure_copy, run_in
 from motley_trainer.data.samples import Sample
 from motley_trainer.job.evaluation import mean_loss, measure
@@ -131,7 +131,7 @@ def make_spec(lesson: plan.Lesson, rate: float, seed: int, alignment: Mapping[st
     loram: dict[str, Any] = {
         "lora": lora,
         "pruning": f"LORAM_PRUNING_{plan.PRUNINGS[lesson.way]}",
-        "layers": plan.LAYERS,
+        "layers": plan.cut_layers(open_base().model.config.num_hidden_layers),
     }
     loram |= {"pattern": plan.PATTERN} if lesson.ratio is None else {"ratio": lesson.ratio}
     if lesson.way != plan.RANDOM:
@@ -152,13 +152,14 @@ def tune(
 
 def main() -> None:
     """Measure, print as it goes, write the result file."""
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, has_subject=True)
     aligned = tune(plan.list_alignment_trials(), measure_trial, options)
     trials = tune(plan.list_trials(aligned), measure_trial, options)
     measure_chosen = partial(measure_lesson, aligned=aligned, trials=trials)
     cells = measure_cells((plan.Lesson(plan.BASE), *plan.list_lessons()), measure_chosen, options)
     config = open_base().model.config
     setting = {
+        "subject": subject_facts(),
         "steps": plan.STEPS,
         "rows": plan.ROWS,
         "asked": plan.NUM_ASKED,

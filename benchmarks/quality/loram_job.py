@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from costs import CPU
-from embedded import BASE, Line
+import torch
+from embedded import Line
 from jobs import write_job
 from motley_bases.loader import PlainBase
 from motley_trainer.data.samples import Sample
@@ -62,7 +62,11 @@ def measure_copy(job: Path, asked: tuple[Sample, ...], prose: tuple[Sample, ...]
     files, copy = JobFiles(job), open_copy(job)
     request = files.request()
     base = load_job_base(
-        copy.directory, name=BASE, dtype=request.dtype, device=CPU, quantization=request.trained_quantization
+        copy.directory,
+        name=request.base_name,
+        dtype=request.dtype,
+        device=torch.device(request.device),
+        quantization=request.trained_quantization,
     )
     prose_loss = mean_loss(base.model, prose)
     num_trained = _put_on(base, copy, files)

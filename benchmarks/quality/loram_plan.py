@@ -16,7 +16,6 @@ MAX_LENGTH = 128  # tokens, of a window to align on too
 NUM_ASKED = 64
 PROSE_LETTERS = 4096
 
-LAYERS, NUM_LAYERS = "1:7", 6  # that are cut: the ends stay whole, as in the paper
 CALIBRATION_SAMPLES = 64
 RATIOS = ("1/4", "1/2", "3/4")
 MIDDLE = RATIOS[1]  # of what is measured at one ratio alone, and of what learning rates are chosen by
@@ -87,6 +86,11 @@ class Trial:
 WHOLE = Lesson(LORA)
 AT_ONE_RATIO = (Lesson(STRUCTURED, MIDDLE, BY_LOQT), Lesson(UNSTRUCTURED, MIDDLE), Lesson(SEMI_STRUCTURED))
 QLORAM = Lesson(STRUCTURED, MIDDLE, quantization=NF4)
+
+
+def cut_layers(num_layers: int) -> str:
+    """Return which of a base's layers are cut: the ends stay whole, as in the paper."""
+    return f"1:{num_layers - 1}"
 
 
 def list_curves() -> tuple[tuple[str, str | None], ...]:

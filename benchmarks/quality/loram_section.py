@@ -5,12 +5,12 @@ Owns words; every number comes from the result file.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from claims import claims_table
 from loram_claims import list_claims
 from loram_plan import (
-    LAYERS,
     MIDDLE,
-    NUM_LAYERS,
     QLORAM,
     RANK,
     RATES,
@@ -20,9 +20,11 @@ from loram_plan import (
     WHOLE,
     Lesson,
     chosen_rate,
+    cut_layers,
     list_lessons,
 )
 from loram_tables import alignments_table, gone, lesson_name, lessons_table, rates_table, trained
+from measured_on import measured_on
 from readings import Reading
 from tables import paragraph
 
@@ -43,19 +45,17 @@ def loram_section(reading: Reading) -> str:
         "### On the copy, and on the base",
         _measuring(),
         lessons_table(reading),
-        "![Losses over ratios, on the copy and on the base](../benchmarks/results/quality_loram.png)",
+        f"![Losses over ratios, on the copy and on the base](../benchmarks/results/{reading.name}.png)",
         "### What this cannot tell",
         _limits(reading),
     ])  # fmt: skip
 
 
 def _opening(reading: Reading) -> str:
-    machine = reading["machine"]
     return paragraph(
         f"""A LoRA is trained on a pruned copy of the base, and its factors are then scattered to the base's own shapes,
         with zeros where something was left out ([arXiv:2502.13533](https://arxiv.org/abs/2502.13533); the method
-        `loram` of `motley train`). Measured by `python benchmarks/quality/loram.py` on {machine["cores"]} cores of an
-        {machine["cpu"]} ({machine["processes"]} processes of one thread, torch {machine["torch"]})."""
+        `loram` of `motley train`). Measured by `python benchmarks/quality/loram.py` {measured_on(reading)}."""
     )
 
 
@@ -76,14 +76,15 @@ def _training(reading: Reading) -> str:
         f"""Every adapter comes out of a training job, run in the measuring process by the trainer's own code:
         {setting["steps"]} steps of {setting["rows"]} lines in float32, AdamW and a linear schedule with a tenth of
         warm-up, rank {RANK} on all Linears. {len(reading["seeds"])} seeds draw their own lines, and what else is
-        random. Of {setting["layers"]} layers {NUM_LAYERS} are cut (`{LAYERS}`). Each has {setting["kv_heads"]}
-        key-value heads and {setting["ffn_channels"]} FFN channels: {_and(RATIOS)} of the channels go, and of the heads
-        as many as are whole in that, which is none at {RATIOS[0]} and one at the others. *Structured* takes those whose
-        loss the first lines estimate to cost least, *random* any. *Unstructured* and *4:8* set single weights to zero
-        by SparseGPT on the same lines; they keep all shapes, train as many numbers as a LoRA, and need no recovery
-        beyond putting the same factors beside the base's weights. On the base a LoRA has {trained(reading, WHOLE)}
-        numbers, on a structured copy at {MIDDLE} {trained(reading, Lesson(STRUCTURED, MIDDLE))}. NF4 is QLoRAM: the
-        copy is held in 4 bits while it is trained on, and the base it is measured on in float32 like the others."""
+        random. Of {setting["layers"]} layers {setting["layers"] - 2} are cut (`{cut_layers(setting["layers"])}`). Each
+        has {setting["kv_heads"]} key-value heads and {setting["ffn_channels"]} FFN channels: {_and(RATIOS)} of the
+        channels go, and of the heads as many as are whole in that, which is {_heads_gone(setting["kv_heads"])}.
+        *Structured* takes those whose loss the first lines estimate to cost least, *random* any. *Unstructured* and
+        *4:8* set single weights to zero by SparseGPT on the same lines; they keep all shapes, train as many numbers as
+        a LoRA, and need no recovery beyond putting the same factors beside the base's weights. On the base a LoRA has
+        {trained(reading, WHOLE)} numbers, on a structured copy at {MIDDLE}
+        {trained(reading, Lesson(STRUCTURED, MIDDLE))}. NF4 is QLoRAM: the copy is held in 4 bits while it is trained
+        on, and the base it is measured on in float32 like the others."""
     )
 
 
@@ -131,13 +132,20 @@ def _measuring() -> str:
 def _limits(reading: Reading) -> str:
     lost = ", ".join(f"{gone(reading, Lesson(STRUCTURED, ratio))} at {ratio}" for ratio in RATIOS)
     return paragraph(
-        f"""There is one small base. Where one of two key-value heads of a layer goes, so do half of its patterns of
-        attention, and no ratio between takes a share of them: it is a coarser cut than of a model with many heads. Of
+        f"""There is one small base. Where one of {reading["setting"]["kv_heads"]} key-value heads of a layer goes, so
+        does {1 / reading["setting"]["kv_heads"]:.0%} of its patterns of attention, and no ratio between takes a share
+        of them: it is a coarser cut than of a model with many heads. Of
         all parameters a structured copy lacks {lost}; the copy in NF4 ({lesson_name(QLORAM)}) as many, each of the rest
         in fewer bits. The text of an alignment comes from the generator that the base was trained on, which no other
         base can count on. `{SKILL}` needs little but what a token is turned into; a skill that needs other patterns of
-        attention may be lost in other ways. The paper's alignment sees 100 million tokens."""
+        attention may be lost in other ways. The paper's alignment sees 100 million tokens. After so
+        few steps a training may not have got going at all, whatever was left out, and one such seed of five weighs most
+        in a mean: hence the wide spreads."""
     )
+
+
+def _heads_gone(num_heads: int) -> str:
+    return _and([f"{int(num_heads * Fraction(ratio))} at {ratio}" for ratio in RATIOS])
 
 
 def _and(names: list[str] | tuple[str, ...], comma: str = ", ") -> str:

@@ -12,6 +12,10 @@ from pathlib import Path
 from claims import RULE
 from goat_plot import draw_goat
 from goat_section import goat_section
+from larger_part import TITLE, larger_part, name_larger, open_larger
+from loram_memory_section import loram_memory_section
+from loram_plot import draw_loram
+from loram_section import loram_section
 from pruning_plot import draw_pruning
 from pruning_section import pruning_section
 from readings import Reading
@@ -27,9 +31,15 @@ SECTIONS: dict[str, Callable[[Reading], str]] = {
     "quality_pruning": pruning_section,
     "quality_s2ft": s2ft_section,
     "quality_goat": goat_section,
+    "quality_loram": loram_section,
     "quality_training_memory": training_memory_section,
+    "quality_loram_memory": loram_memory_section,
 }
-PLOTS: dict[str, Callable[[Reading, Path], None]] = {"quality_pruning": draw_pruning, "quality_goat": draw_goat}
+PLOTS: dict[str, Callable[[Reading, Path], None]] = {
+    "quality_pruning": draw_pruning,
+    "quality_goat": draw_goat,
+    "quality_loram": draw_loram,
+}
 
 HEAD = (
     "# Quality",
@@ -38,20 +48,28 @@ HEAD = (
         by `make quality-page` from the result files in `benchmarks/results`, and by no hand; `make quality` measures
         all of them anew first."""
     ),
-    paragraph(
-        """Everything was measured on the small language model that is a part of this repository, trained from nothing
-        on text that a script generates. What was seen there is true of that model and that text, and says nothing of a
-        larger one. A paper's figures stand beside it for what they claim; no number is to be held against theirs."""
-    ),
-    paragraph(RULE),
 )
 
 
 def render(results: Path = RESULTS) -> str:
     """Return the page. Raises: IncompleteResultError where a figure is not there."""
     readings = {name: Reading.open(results, name) for name in SECTIONS}
+    larger = open_larger(results, SECTIONS)
+    time = _time(readings | {name_larger(name): reading for name, reading in larger.items()})
     sections = (section(readings[name]) for name, section in SECTIONS.items())
-    return "\n\n".join([*HEAD, _time(readings), *sections]) + "\n"
+    whole = [*HEAD, _scope(bool(larger)), paragraph(RULE), time, *sections, *larger_part(SECTIONS, larger)]
+    return "\n\n".join(whole) + "\n"
+
+
+def _scope(has_larger: bool) -> str:
+    """Write what was seen is true of."""
+    everything = f'Everything but what stands under "{TITLE}"' if has_larger else "Everything"
+    return paragraph(
+        f"""{everything} was measured on the small language model that is a part of this repository, trained from
+        nothing on text that a script generates. What was seen there is true of that model and that text, and says
+        nothing of a larger one. A paper's figures stand beside it for what they claim; no number is to be held against
+        theirs."""
+    )
 
 
 def _time(readings: Mapping[str, Reading]) -> str:
@@ -65,8 +83,10 @@ def _time(readings: Mapping[str, Reading]) -> str:
 def main() -> None:
     """Write the page and the plots."""
     PAGE.write_text(render())
+    larger = open_larger(RESULTS, PLOTS)
     for name, draw in PLOTS.items():
-        draw(Reading.open(RESULTS, name), RESULTS / f"{name}.png")
+        for reading in (Reading.open(RESULTS, name), *([larger[name]] if name in larger else [])):
+            draw(reading, RESULTS / f"{reading.name}.png")
     print(f"wrote {PAGE.relative_to(HOUSE)}")
 
 

@@ -24,7 +24,7 @@ import pruning_plan as plan
 import torch
 from cells import Row, measure_cells, parse_options, write
 from costs import CPU, forward_flops, sizes, weight_bytes
-from embedded import BASE, NUM_SKILLS, Texts, draw_texts, known_skills_right, write_text
+from embedded import NUM_SKILLS, Texts, draw_texts, known_skills_right, write_text
 from motley_bases.checkpoint import resolve_base
 from motley_bases.loader import load_model, load_tokenizer
 from motley_bases.prune_manifest import LayerKeep
@@ -37,6 +37,7 @@ from motley_trainer.pruning.saliency import Criterion
 from motley_trainer.pruning.settings import PruneSettings, RecoverySettings, Selection, parse_layers, parse_ratio
 from motley_trainer.pruning.surgery import num_parameters
 from motley_trainer.pruning.texts import CalibrationText, WindowedText, draw_calibration, read_windows
+from subject import EMBEDDED
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,7 +69,7 @@ class Bench:
 def open_bench(seed: int) -> Bench:
     """Load the base and make one seed's texts, once in a process."""
     torch.set_num_threads(1)
-    directory = resolve_base(BASE)
+    directory = resolve_base(EMBEDDED)
     tokenizer = load_tokenizer(directory)
     texts = draw_texts(
         seed,
@@ -158,10 +159,10 @@ def measure_costs() -> dict[str, Any]:
 
     Semantics: pruned by `l2`, which needs no text; within layers, sizes do not depend on the criterion.
     """
-    costs = {"whole": cost_of(resolve_base(BASE))}
+    costs = {"whole": cost_of(resolve_base(EMBEDDED))}
     with tempfile.TemporaryDirectory() as folder:
         for name in plan.CUTS:
-            report = prune_base(BASE, make_settings(name, "l2", 0), Path(folder, name))
+            report = prune_base(EMBEDDED, make_settings(name, "l2", 0), Path(folder, name))
             costs[name] = cost_of(report.directory)
             print(f"{name}: {costs[name]}", flush=True)
     return costs
@@ -179,7 +180,7 @@ def main() -> None:
     torch.set_num_threads(1)
     costs = measure_costs()
     cells = measure_cells(plan.list_cells(), measure, options)
-    config = load_model(resolve_base(BASE), torch.float32, CPU, NONE).config
+    config = load_model(resolve_base(EMBEDDED), torch.float32, CPU, NONE).config
     setting = {
         "window": plan.WINDOW,
         "evaluation_windows": plan.EVALUATION_WINDOWS,

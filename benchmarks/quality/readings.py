@@ -22,7 +22,7 @@ class Reading:
     """One result file, complete as far as `require` was asked."""
 
     def __init__(self, name: str, content: Mapping[str, Any]) -> None:
-        self._name = name
+        self.name = name
         self._content = content
 
     @classmethod
@@ -39,7 +39,7 @@ class Reading:
     def __getitem__(self, key: str) -> Any:
         """Return a part of the file. Raises: IncompleteResultError if it has none."""
         if key not in self._content:
-            raise IncompleteResultError(f"{self._name} has no {key}")
+            raise IncompleteResultError(f"{self.name} has no {key}")
         return self._content[key]
 
     def figures(self, cell: Any, figure: str, *, part: str = "cells", num: int = len(SEEDS)) -> Sequence[float]:
@@ -50,8 +50,8 @@ class Reading:
         wanted = asdict(cell)
         found = [row for row in self[part] if wanted.items() <= row.items()]
         if len(found) != 1:
-            raise IncompleteResultError(f"{self._name} has {len(found)} rows of {cell}")
+            raise IncompleteResultError(f"{self.name} has {len(found)} rows of {cell}")
         values = found[0].get(figure, [])
         if len(values) != num:
-            raise IncompleteResultError(f"{self._name} has {len(values)} of {num} seeds' {figure} of {cell}")
+            raise IncompleteResultError(f"{self.name} has {len(values)} of {num} seeds' {figure} of {cell}")
         return [float(value) for value in values]

@@ -1,4 +1,4 @@
-"""How S2FT learns, forgets and fuses beside LoRA, and which channels it should take, on the embedded base.
+"""How S2FT learns, forgets and fuses beside LoRA, and which channels it should take.
 
 Every seed has lines of its own: of each skill to learn from, and words to be asked about that no line to learn from may
 have. Each adapter comes out of a training job in float32 on one thread, by the trainer's own code, and is measured as
@@ -23,10 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import s2ft_plan as plan
 from cells import Row, measure_cells, parse_options, write
 from embedded import NUM_SKILLS, Line, ask, draw_asked, draw_lines, draw_texts
-from jobs import num_parameters, open_base, read_samples, run_job
+from jobs import num_parameters, open_base, read_samples, run_job, subject_facts
 from motley_adapters.reader import inspect_adapter, read_adapter
 from motley_trainer.data.samples import Sample
 from motley_trainer.job.evaluation import mean_loss, measure
+from motley_trainer.methods.s2ft_selection import num_items
 from wearing import wear
 
 Trials = Sequence[Mapping[str, Any]]
@@ -102,9 +103,10 @@ def make_spec(way: str, rate: float, seed: int, apart_from: Sequence[Path]) -> d
         there = {"rank": plan.RANK_THERE, "target_modules": ["o_proj", "down_proj"]}
         return {**spec, "method": "TRAINING_METHOD_LORA", "lora": there}
     score, order = plan.SELECTIONS[way]
+    o_share, down_share = plan.shares(open_base().model.config.hidden_size)
     channels = {
-        "o_share": plan.O_SHARE,
-        "down_share": plan.DOWN_SHARE,
+        "o_share": o_share,
+        "down_share": down_share,
         "score": f"CHANNEL_SCORE_{score}",
         "order": f"CHANNEL_ORDER_{order}",
         "disjoint_from": [path.name for path in apart_from],
@@ -170,14 +172,16 @@ def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print as it goes, write the result file."""
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, has_subject=True)
     trials = tune(options)
     with tempfile.TemporaryDirectory() as kept:
         more: dict[str, Any] = {"trials": trials, "folder": Path(kept)}
         lessons = measure_cells((plan.Lesson(), *plan.list_lessons()), partial(measure_lesson, **more), options)
         fusions = measure_cells(plan.FUSIONS, partial(measure_fusion, **more), options)
     config = open_base().model.config
+    o_share, down_share = plan.shares(config.hidden_size)
     setting = {
+        "subject": subject_facts(),
         "steps": plan.STEPS,
         "rows": plan.ROWS,
         "asked": plan.NUM_ASKED,
@@ -186,6 +190,8 @@ def main() -> None:
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "ffn_channels": config.intermediate_size,
+        "o_heads": num_items(o_share, config.num_attention_heads),
+        "down_channels": num_items(down_share, config.intermediate_size),
     }
     write("quality_s2ft", {"setting": setting, "trials": trials, "cells": lessons, "fusions": fusions}, options)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 # Of two of six heads and 77 of 512 channels in each layer, 216,576 numbers are trained: about half for attention and
 # half for the FFN, as S2FT's authors advise. A rank of 8 on all Linears is 217,088, and one of 25 on those two 217,600.
+# On a wider base of the same proportions as many channels of more are as many numbers as the same ranks are.
 RANK, RANK_THERE = 8, 25
 O_SHARE, DOWN_SHARE = 0.34, 0.151  # rounded down to whole heads and channels
+HIDDEN = 192  # of the base whose shares these are
 
 STEPS, ROWS = 120, 16
 KNOWN_EVERY = 4  # lines, where what the base knows is mixed in
@@ -90,6 +92,11 @@ def list_trials() -> tuple[Trial, ...]:
     """List what is tried before: three rates for each way and skill."""
     alone = [lesson for lesson in list_lessons() if not lesson.is_mixed]
     return tuple(Trial(str(lesson.way), lesson.skill, rate) for lesson in alone for rate in rates_of(str(lesson.way)))
+
+
+def shares(hidden: int) -> tuple[float, float]:
+    """Return which shares of the heads and of the FFN channels are trained on a base of a hidden size."""
+    return O_SHARE * HIDDEN / hidden, DOWN_SHARE * HIDDEN / hidden
 
 
 def rates_of(way: str) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from claims import claims_table
+from measured_on import measured_on
 from readings import Reading
 from s2ft_claims import list_claims
 from s2ft_plan import (
@@ -54,12 +55,11 @@ def s2ft_section(reading: Reading) -> str:
 
 
 def _opening(reading: Reading) -> str:
-    machine = reading["machine"]
     return paragraph(
         f"""Whole heads and FFN channels are chosen, and a dense block on each is trained with full rank
         ([arXiv:2412.06289](https://arxiv.org/abs/2412.06289); the method `s2ft` of `motley train`), beside low-rank
-        factors of as many numbers (`lora`). Measured by `python benchmarks/quality/s2ft.py` on {machine["cores"]} cores
-        of an {machine["cpu"]} ({machine["processes"]} processes of one thread, torch {machine["torch"]})."""
+        factors of as many numbers (`lora`). Measured by `python benchmarks/quality/s2ft.py`
+        {measured_on(reading)}."""
     )
 
 
@@ -81,8 +81,9 @@ def _training(reading: Reading) -> str:
         f"""Every adapter comes out of a training job, run in the measuring process by the trainer's own code:
         {setting["steps"]} steps of {setting["rows"]} lines in float32, AdamW and a linear schedule with a tenth of
         warm-up. {len(reading["seeds"])} seeds draw their own lines, and what else is random. S2FT trains {sizes[S2FT]}
-        numbers: 2 of {setting["heads"]} heads in `o_proj` and 77 of {setting["ffn_channels"]} channels in `down_proj`,
-        in each of {setting["layers"]} layers. LoRA of rank {RANK} on all Linears trains {sizes[LORA]}, and of rank
+        numbers: {setting.get("o_heads", 2)} of {setting["heads"]} heads in `o_proj` and
+        {setting.get("down_channels", 77)} of {setting["ffn_channels"]} channels in `down_proj`, in each of
+        {setting["layers"]} layers. LoRA of rank {RANK} on all Linears trains {sizes[LORA]}, and of rank
         {RANK_THERE} on the two that S2FT has {sizes[LORA_THERE]}. What scores channels by activations or gradients sees
         64 lines of the training data. For each skill {setting["asked"]} words are asked; {setting["known_asked"]}
         answers of the skills that the base knows, and {setting["prose_letters"]:,} letters of prose, tell what is

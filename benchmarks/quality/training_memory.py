@@ -28,7 +28,6 @@ import torch
 import training_memory_plan as plan
 from cells import Row, measure_cells, parse_options, write
 from costs import CPU
-from embedded import BASE
 from kept_tensors import kept_tensors
 from motley_bases.checkpoint import resolve_base
 from motley_bases.loader import PlainBase
@@ -39,6 +38,7 @@ from motley_trainer.methods.lora import Lora
 from motley_trainer.methods.method import Attached, Context
 from motley_trainer.methods.s2ft import S2ft
 from motley_trainer.spec.settings import LoraSettings, S2ftSettings
+from subject import EMBEDDED
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -59,7 +59,7 @@ def write_base(directory: Path, num_layers: int = plan.LAYERS) -> Path:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(directory)
-    for file in resolve_base(BASE).glob("tokenizer*"):
+    for file in resolve_base(EMBEDDED).glob("tokenizer*"):
         shutil.copy(file, directory)
     return directory
 

@@ -1,6 +1,7 @@
 """Train the tiny base from nothing and save it in Hugging Face layout: `python recipes/tiny/train_base.py`.
 
-Owns the architecture, the mixture of text and the schedule. Runs on one process and the CPU threads it is told to use.
+Owns the architecture, the mixture of text and the schedule. Runs on one process and the CPU threads it is told to use,
+or on a GPU. Told of other sizes and another place, it makes another base of the same town; the card tells of one alone.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning barriers starve every neighbour
@@ -25,14 +27,14 @@ ASSETS = Path(__file__).parents[2] / "bases" / "motley_bases" / "assets" / "tiny
 PROSE_SHARE = 0.12
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save in bfloat16 and say how long it took."""
-    options = _options()
+    options = _options(arguments)
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     rng = random.Random(options.seed)
     tokenizer = build_tokenizer()
-    model = LlamaForCausalLM(_config(tokenizer))
+    model = LlamaForCausalLM(_config(tokenizer, options)).to(torch.device(options.device))
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
     optimizers = _optimizers(model, options.lr)
     schedules = [LambdaLR(each, lambda step: _schedule(step, options.steps)) for each in optimizers]
@@ -46,12 +48,13 @@ def main() -> None:
         if step % 250 == 249:
             _save(model, tokenizer, options.out)
     _save(model, tokenizer, options.out)
-    hyper = {name: value for name, value in vars(options).items() if name != "out"}
-    minutes = round((time.monotonic() - began) / 60, 1)
-    record("base_training", hyper | {"prose_share": PROSE_SHARE, "minutes": minutes, "machine": machine()})
+    if options.out == ASSETS:
+        hyper = {name: value for name, value in vars(options).items() if name != "out"}
+        minutes = round((time.monotonic() - began) / 60, 1)
+        record("base_training", hyper | {"prose_share": PROSE_SHARE, "minutes": minutes, "machine": machine()})
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--steps", type=int, default=2800)
@@ -60,17 +63,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--ffn", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    return parser.parse_args(arguments)
 
 
-def _config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+def _config(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        hidden_size=options.hidden,
+        intermediate_size=options.ffn,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -106,7 +115,8 @@ def _draw(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Piece:
     return skill_piece(tokenizer, rng, rng.choice(list(KNOWN)))
 
 
-def _step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], batch: Batch) -> float:
+def _step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], drawn: Batch) -> float:
+    batch = Batch(*(tensor.to(model.device) for tensor in drawn))
     hidden = model.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).last_hidden_state
     learned = batch.targets >= 0
     loss = cross_entropy(model.lm_head(hidden[learned]), batch.targets[learned])

@@ -6,10 +6,11 @@ two can be held against each other. The base's weights are not touched.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from motley_adapters.spec import Adapter
 from motley_kernels.adapter_delta import DeltaUnit
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 from transformers import PreTrainedModel
 
 
@@ -20,13 +21,19 @@ def wear(model: PreTrainedModel, adapters: Iterable[tuple[Adapter, float]]) -> I
     for adapter, weight in adapters:
         for part in adapter.parts:  # a part that two of them share is added twice, which sums its weights
             for path, unit in part.units.items():
-                worn.setdefault(path, []).append((unit, weight))
+                worn.setdefault(path, []).append((_on(model.device, unit), weight))
     handles = [model.get_submodule(path).register_forward_hook(_adding(units)) for path, units in worn.items()]
     try:
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _on(where: device, unit: DeltaUnit) -> DeltaUnit:
+    held = {name: getattr(unit, name) for name in ("a", "b", "inputs", "outputs")}
+    gate = None if unit.gate is None else replace(unit.gate, router=unit.gate.router.to(where))
+    return replace(unit, **{name: None if it is None else it.to(where) for name, it in held.items()}, gate=gate)
 
 
 def _adding(units: list[tuple[DeltaUnit, float]]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

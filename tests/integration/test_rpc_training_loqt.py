@@ -12,17 +12,37 @@ import pytest
 from adapter_calls import refused
 from motley.v1 import training_pb2
 from rpc_harness import serving
-from training_calls import DATA, FINGERPRINT, at_work, create, digest_of, get, hands_of, let_pass, send, whole_dataset
+from training_calls import (
+    DATA,
+    FINGERPRINT,
+    at_work,
+    create,
+    digest_of,
+    get,
+    hands_of,
+    let_pass,
+    send,
+    spec_with,
+    whole_dataset,
+)
 from upload_streams import paper_files, whole
 
 Code = grpc.StatusCode
 pb = training_pb2
+TEXT = b'{"text": "a"}\n{"text": "b"}\n'
 MADE, OF_MERGE = "sha256:" + "a" * 64, "sha256:" + "c" * 64
 
 
 def loqt_spec() -> pb.TrainingSpec:
     """Return a spec that is right for the paper base."""
     return pb.TrainingSpec(method=pb.TRAINING_METHOD_LOQT, dataset=digest_of(DATA), loqt=pb.LoqtSettings(rank=4))
+
+
+def loram_spec(**aligned: Any) -> pb.TrainingSpec:
+    """Return a spec of LoRAM that is right for the paper base, whose pruned copy is aligned as is said."""
+    alignment = pb.LoramAlignment(dataset=digest_of(TEXT), **aligned)
+    loram = pb.LoramSettings(layers="0:1", lora=pb.LoraSettings(rank=4), alignment=alignment)
+    return spec_with(method=pb.TRAINING_METHOD_LORAM, loram=loram)
 
 
 def made(**fields: Any) -> pb.JobEvent:
@@ -131,11 +151,40 @@ def test_events_that_cannot_be_are_refused_and_nothing_is_kept_of_them() -> None
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("event", [made(), merges((1, MADE))], ids=["base", "merges"])
-def test_a_job_by_another_method_tells_of_no_base(event: pb.JobEvent) -> None:
+BY_LOQT = loram_spec(loqt=pb.LoqtSettings(rank=4))
+
+
+def test_a_job_that_aligns_its_copy_by_loqt_tells_of_its_merges() -> None:
     async def scenario() -> None:
         async with serving() as shell:
-            work = await at_work(shell)
+            await send(shell, whole_dataset(TEXT))
+            work = await at_work(shell, BY_LOQT)
+            await work.report(merges((0, OF_MERGE), (9, MADE)))
+            request = pb.WatchTrainingJobRequest(id=work.held.job.id, after_sequence=2)
+            watch = shell.jobs.WatchTrainingJob(request)
+            answer = await anext(aiter(watch))
+            watch.cancel()
+            assert answer.event.merges == merges((0, OF_MERGE), (9, MADE)).merges
+
+    asyncio.run(scenario())
+
+
+OF_ANOTHER: dict[str, tuple[pb.TrainingSpec | None, pb.JobEvent]] = {
+    "a base made by LoRA": (None, made()),
+    "merges of LoRA": (None, merges((1, MADE))),
+    "merges of LoRAM with full alignment": (loram_spec(), merges((1, MADE))),
+    "a base made by LoRAM with alignment by LoQT": (BY_LOQT, made()),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER)
+def test_a_job_by_another_method_tells_of_no_base_and_no_merges(name: str) -> None:
+    spec, event = OF_ANOTHER[name]
+
+    async def scenario() -> None:
+        async with serving() as shell:
+            await send(shell, whole_dataset(TEXT))
+            work = await at_work(shell, spec)
             refusal = await refused(work.report(event))
             assert (refusal.code, refusal.reason) == (Code.INVALID_ARGUMENT, "INVALID_EVENT")
             assert refusal.field == f"events[0].{event.WhichOneof('event')}"

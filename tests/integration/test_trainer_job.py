@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from job_folders import TINY, make_job, reversals, write_dataset
 from motley_adapters.reader import read_adapter
 from motley_bases.base import Base
 from motley_bases.loader import load_base
+from motley_bases.refusing import refusing
 from motley_trainer.data.training_data import read_data
 from motley_trainer.errors import CheckpointError, DataError, OutputError, SettingsError, TrainerError
 from motley_trainer.job.base import load_job_base
@@ -263,16 +265,24 @@ def test_a_process_that_fails_says_why(
     assert ("a bug" in errors) == (last is None)
 
 
-@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1")])
-def test_a_process_without_the_memory_says_so(
-    as_process: Callable[..., tuple[int, Events, str]], error: Exception
-) -> None:
-    def bad(*arguments: object) -> None:
-        raise error
+OUT_OF_MEMORY = [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1")]
 
-    status, events, _ = as_process(bad)
-    assert status == 1
-    assert events[0]["failed"]["reason"] == "OUT_OF_MEMORY"
+
+@pytest.mark.parametrize(("stage", "field"), [("aligning", "micro_batch_size"), ("loading base", "")])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_process_without_the_memory_says_so(
+    as_process: Callable[..., tuple[int, Events, str]], error: Exception, stage: str, field: str
+) -> None:
+    def bad(folder: Path, emit: Callable[..., None], *arguments: object) -> None:
+        emit({"stage": stage})
+        with refusing("/models/base cannot be built", "MODEL_CONSTRUCTION") if not field else nullcontext():
+            raise error
+
+    status, (_, last), _ = as_process(bad)
+    failed = last["failed"]
+    assert (status, failed["reason"], failed["field"]) == (1, "OUT_OF_MEMORY", field)
+    assert f"at the stage '{stage}'" in failed["message"]
+    assert ("/models" in failed["message"], "micro-batches" in failed["message"]) == (False, bool(field))
 
 
 # --- Bases held otherwise

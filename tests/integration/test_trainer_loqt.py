@@ -20,15 +20,17 @@ from loram_jobs import collecting_quickly, stages_of
 from motley_adapters.errors import AdapterError
 from motley_adapters.reader import read_adapter
 from motley_bases.checkpoint import read_config
+from motley_bases.errors import BaseError
 from motley_bases.loader import load_base
 from motley_trainer.bases.quantize import quantize_base
 from motley_trainer.data.training_data import read_data
 from motley_trainer.errors import CheckpointError, TrainerError
+from motley_trainer.files.loqt_manifest import MANIFEST_FILE, read_loqt_manifest
 from motley_trainer.job import made_base
 from motley_trainer.job.base import load_job_base
 from motley_trainer.job.evaluation import mean_loss
 from motley_trainer.job.files import JobFiles, Result
-from motley_trainer.job.made_base import MANIFEST_FILE
+from motley_trainer.job.made_base import chain_of
 from motley_trainer.job.reporting import JobCancelledError
 from motley_trainer.job.run import run
 from pruned_bases import prune_checkpoint, random_keeps
@@ -221,7 +223,11 @@ def test_resuming_with_another_schedule_is_refused(tmp_path: Path, base: Path) -
     job(tmp_path, base, loqt={"schedule": "LOQT_SCHEDULE_EXPONENTIAL"})
     with pytest.raises(CheckpointError) as refused:
         run(folder, lambda event: None)
-    assert (refused.value.reason, refused.value.field) == ("CHECKPOINT_OF_ANOTHER", "spec")
+    assert (refused.value.reason, refused.value.field) == ("CHECKPOINT_OF_ANOTHER", "loqt.schedule")
+    job(tmp_path, base, optimizer={"learning_rate": 2e-2})
+    with pytest.raises(CheckpointError) as refused:
+        run(folder, lambda event: None)
+    assert refused.value.field == "spec"
 
 
 def test_other_terms_begin_it_anew(tmp_path: Path, base: Path) -> None:
@@ -233,6 +239,28 @@ def test_other_terms_begin_it_anew(tmp_path: Path, base: Path) -> None:
     result, events = ran(folder)
     assert any(stage.startswith("starting over") for stage in stages_of(list(events)))
     assert result.base is not None
+
+
+def test_a_base_that_loqt_made_is_trained_on_and_tells_all_that_it_came_from(
+    tmp_path: Path, undisturbed: tuple[Path, Result, Events], base: Path
+) -> None:
+    first = undisturbed[0] / "base"
+    short = {"steps": 3, "gate": {"max_loss_ratio": 100.0}}
+    second, _ = ran(job(tmp_path / "second", first, **short))
+    third, _ = ran(job(tmp_path / "third", tmp_path / "second" / "base", **short))
+    assert second.base is not None
+    original = load_base(base, dtype="auto", device=CPU).spec.fingerprint
+    assert second.base.original_fingerprint == undisturbed[1].digest
+    chains = [read_loqt_manifest(tmp_path / name / "base") for name in ("second", "third")]
+    assert [chain and chain.chain for chain in chains] == [
+        (original, undisturbed[1].digest),
+        (original, undisturbed[1].digest, second.digest),
+    ]
+    assert load_base(tmp_path / "third" / "base", dtype="float32", device=CPU).spec.fingerprint == third.digest
+    # The manifest of other weights tells nothing of these.
+    moved = shutil.copytree(base, tmp_path / "moved")
+    shutil.copy(first / MANIFEST_FILE, moved)
+    assert chain_of(moved, original) == (original,)
 
 
 # --- From scratch, and held as it is
@@ -259,18 +287,18 @@ def test_from_scratch_weights_are_the_seeds_and_not_the_bases(tmp_path: Path, ba
 
 
 def test_a_served_quantization_is_what_is_measured_and_not_what_is_trained(tmp_path: Path, base: Path) -> None:
-    folder = job(tmp_path, base, served="nf4", quantization="none", steps=2)
+    folder = job(tmp_path, base, served="nf4", quantization="none", steps=3)
     result, _ = ran(folder)
     spec = JobFiles(folder).request().spec
     held = load_job_base(folder / "base", name="new", dtype="float32", device=CPU, quantization="nf4")
     data = read_data(folder / "data", spec, held.tokenizer, held.spec.context_length)
     assert result.evaluation.loss_after == pytest.approx(mean_loss(held.model, data.held_out), rel=1e-5)
-    checkpoint = load_file(folder / "checkpoints" / "step-2" / "tensors.safetensors")
+    checkpoint = load_file(folder / "checkpoints" / "step-3" / "tensors.safetensors")
     assert any(name.endswith("q_proj.weight.values") for name in checkpoint)
 
 
 def test_a_gate_that_is_not_passed_leaves_the_base_and_says_so(tmp_path: Path, base: Path) -> None:
-    result, _ = ran(job(tmp_path, base, gate={"max_loss_ratio": 1e-3}, steps=2))
+    result, _ = ran(job(tmp_path, base, gate={"max_loss_ratio": 1e-3}, steps=3))
     assert (result.passed, result.reason) == (False, "GATE_NOT_PASSED")
     assert (tmp_path / "base").is_dir()
 
@@ -301,19 +329,26 @@ def test_what_cannot_be_trained_is_refused_by_its_field(tmp_path: Path, base: Pa
     stored = tmp_path / "stored"
     quantize_base(base, "nf4", stored)
     pruned = prune_checkpoint(base, tmp_path / "pruned", random_keeps(3, 2, 96))
+    odd = shutil.copytree(base, tmp_path / "odd")
+    (odd / MANIFEST_FILE).write_text("[]")
     cases: list[tuple[Path, dict[str, Any], str, str]] = [
         (base, {"loqt": {"rank": 33}}, "RANK_TOO_LARGE", "loqt.rank"),
         (stored, {"served": "nf4"}, "QUANTIZED_OTHERWISE", "quantization"),
         (stored, {"served": "nf4", "quantization": "none"}, "QUANTIZED_OTHERWISE", "quantization"),
         (pruned, {"loqt": {"start": "LOQT_START_SCRATCH"}}, "ALREADY_PRUNED", "loqt.start"),
-        (base, {"loqt": {"merge_interval": 0}}, "BAD_SPEC", "loqt.merge_interval"),
+        (base, {"loqt": {"merge_interval": 1}}, "BAD_SPEC", "loqt.merge_interval"),
+        (base, {"loqt": {"merge_interval": 12}}, "BAD_SPEC", "loqt.merge_interval"),
+        (odd, {}, "LOQT_MANIFEST", "loqt_manifest"),
         (base, {"publish": {"adapter_name": "a"}}, "BAD_SPEC", "publish"),
     ]
     for number, (of, more, reason, field) in enumerate(cases):
         folder = job(tmp_path / str(number), of, **more)
-        with pytest.raises(TrainerError) as refused:
-            run(folder, lambda event: None)
+        events: Events = []
+        with pytest.raises((TrainerError, BaseError)) as refused:
+            run(folder, events.append)
         assert (refused.value.reason, refused.value.field) == (reason, field)
+        if reason != "RANK_TOO_LARGE":  # which the weights tell
+            assert "loading base" not in kinds(events)
         assert not (folder / "base").exists()
         assert not (folder / "checkpoints").exists()
 

@@ -12,9 +12,10 @@ import torch
 from loram_jobs import loram_job, make_base, stages_of
 from motley_adapters.reader import read_adapter
 from motley_bases.loader import load_base
-from motley_trainer.errors import SettingsError
+from motley_trainer.errors import DivergedError, SettingsError
 from motley_trainer.job.reporting import JobCancelledError
 from motley_trainer.job.run import run
+from motley_trainer.methods.loqt_linear import LoqtLinear
 from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
@@ -52,6 +53,53 @@ def test_loqt_would_fill_the_zeros_of_single_weights(tmp_path: Path, pruning: st
     with pytest.raises(SettingsError) as refused:
         run(folder, lambda event: None)
     assert (refused.value.reason, refused.value.field) == ("LOQT_FILLS_ZEROS", "loram.alignment.loqt")
+
+
+@pytest.mark.parametrize("interval", [5, 6])
+def test_an_interval_that_is_never_over_is_refused_by_its_field(tmp_path: Path, interval: int) -> None:
+    asked = {"steps": 5, "loqt": {"merge_interval": interval}}
+    folder = loram_job(tmp_path / "job", make_base(tmp_path / "base"), align=asked)
+    events: list[Mapping[str, Any]] = []
+    with pytest.raises(SettingsError) as refused:
+        run(folder, events.append)
+    assert (refused.value.reason, refused.value.field) == ("BAD_SPEC", "loram.alignment.loqt.merge_interval")
+    assert stages_of(events) == ["reading data"]
+
+
+@pytest.mark.parametrize("way", [{}, {"loqt": {"rank": 4}}], ids=["full rank", "loqt"])
+def test_no_number_in_an_alignment_names_the_alignments_rate(tmp_path: Path, way: dict[str, Any]) -> None:
+    base = make_base(tmp_path / "base")
+    folder = loram_job(tmp_path / "job", base, align={"steps": 3, "learning_rate": 1e30, **way})
+    with pytest.raises(DivergedError) as ended:
+        run(folder, lambda event: None)
+    assert (ended.value.reason, ended.value.field) == ("LOSS_NOT_FINITE", "loram.alignment.learning_rate")
+
+
+def test_a_gradient_that_is_no_number_names_the_alignments_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LoqtLinear.renew
+    monkeypatch.setattr(LoqtLinear, "renew", lambda linear, gradient: real(linear, gradient / 0))
+    folder = loram_job(tmp_path / "job", make_base(tmp_path / "base"), align={"steps": 3, "loqt": {"rank": 4}})
+    with pytest.raises(DivergedError, match=r"lower loram\.alignment\.loqt\.scale") as ended:
+        run(folder, lambda event: None)
+    assert ended.value.field == "loram.alignment.learning_rate"
+
+
+def test_an_8_bit_optimizer_that_is_not_there_names_the_alignments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes.optim
+
+    def step(self: object) -> None:
+        raise NotImplementedError("no such step for CPUs")
+
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", step)
+    asked = {"steps": 3, "loqt": {"rank": 4, "optimizer": "LOQT_OPTIMIZER_ADAMW_8BIT"}}
+    folder = loram_job(tmp_path / "job", make_base(tmp_path / "base"), align=asked)
+    with pytest.raises(SettingsError) as refused:
+        run(folder, lambda event: None)
+    assert (refused.value.reason, refused.value.field) == ("NO_8BIT_OPTIMIZER", "loram.alignment.loqt.optimizer")
 
 
 def test_a_rank_above_the_pruned_copys_sides_is_refused(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def residual(name: str, value: Tensor | None) -> Callable[[Path], None]:
     return tensor(name, value, RESIDUAL)
 
 
+def made_of(fingerprint: str) -> Callable[[Path], None]:
+    """Say of the residual of which base it was made."""
+
+    def change(directory: Path) -> None:
+        tensors = safetensors.torch.load((directory / RESIDUAL).read_bytes())
+        (directory / RESIDUAL).write_bytes(safetensors.torch.save(tensors, {"motley_base": fingerprint}))
+
+    return change
+
+
 def link(directory: Path) -> None:
     (directory / RESIDUAL).rename(directory / "elsewhere")
     (directory / RESIDUAL).symlink_to(directory / "elsewhere")
@@ -186,6 +196,7 @@ CASES: dict[str, tuple[Callable[[Path], None], type[AdapterError], str, str]] = 
         residual(f"{Q}.residual_A", torch.ones(4, 4)),
         FORMAT, "RESIDUAL_MISMATCH", f"{GOAT}.residual",
     ),
+    "a residual of another base": (made_of(OTHER), MISMATCH, "BASE_MISMATCH", RESIDUAL),
     "a residual of more modules": (
         residual(f"{K}.residual_A", torch.ones(4, 4)),
         FORMAT, "UNEXPECTED_TENSOR", f"{K}.residual_A",
@@ -289,3 +300,18 @@ def test_experts_wider_than_their_segment_of_the_spectrum_are_refused(tmp_path: 
     with pytest.raises(AdapterFormatError, match="segments of 2") as caught:
         read_adapter(tmp_path, tiny_spec())
     assert (caught.value.reason, caught.value.field) == ("INVALID_FIELD", "motley_manifest.goat.rank")
+
+
+def test_a_residual_tells_its_base_beside_an_adapter_and_need_not(tmp_path: Path) -> None:
+    """Kept under its digest it may be that of several bases, and tells none."""
+    told, kept = write(tmp_path / "told"), tmp_path / "kept"
+    write(tmp_path / "outside", residuals=kept)
+    (outside,) = kept.iterdir()
+    metadata = []
+    for file in (told / RESIDUAL, outside):
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata.append(opened.metadata())
+    assert metadata == [{"motley_base": tiny_spec().fingerprint}, None]
+    wanted = read_adapter(told, tiny_spec()).spec
+    (told / RESIDUAL).write_bytes(outside.read_bytes())
+    assert read_adapter(told, tiny_spec()).spec == wanted

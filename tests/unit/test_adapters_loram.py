@@ -193,7 +193,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[AdapterError], str, str]] = {
         {"trained_on": FINGERPRINT},
         AdapterMismatchError,
         "BASE_MISMATCH",
-        "motley_manifest.trained_on",
+        "motley_manifest.serves_on",
     ),
     "on another base": (
         {"serves_on": PRUNED_FINGERPRINT},

@@ -91,6 +91,13 @@ def test_tied_embeddings_are_told(name: str, is_tied: bool, tmp_path: Path) -> N
     assert spec_of(build_checkpoint(name, tmp_path / name)).tied_embeddings is is_tied
 
 
+@pytest.mark.parametrize(("name", "is_prunable"), [("llama", True), ("gemma2", False)])
+def test_it_is_said_of_a_base_whether_it_is_known_what_goes_together(
+    name: str, is_prunable: bool, tmp_path: Path
+) -> None:
+    assert spec_of(build_checkpoint(name, tmp_path / name)).is_prunable is is_prunable
+
+
 def test_a_checkpoint_without_a_chat_template_says_so(tmp_path: Path) -> None:
     assert not spec_of(build_checkpoint("llama", tmp_path / "llama", chat_template=None)).has_chat_template
 

@@ -264,3 +264,10 @@ def test_the_page_shows_commands_that_are_taken(fake: FakeTrainingService) -> No
     jobs = [job.spec for job in fake.jobs.values()]
     assert {one.method for one in jobs} >= set(pb.TrainingMethod.values()) - {0, pb.TRAINING_METHOD_S2FT}
     assert any(one.method == pb.TRAINING_METHOD_LORAM and one.quantization == "nf4" for one in jobs)
+
+
+@pytest.mark.parametrize("flag", ["--ratio", "--layers", "--pattern", "--same-cut-as"])
+def test_a_flag_that_says_nothing_is_refused_by_its_name(fake: FakeTrainingService, flag: str) -> None:
+    result = train("submit", "motto.jsonl", *USUAL, "loram", flag, "")
+    assert (result.exit_code, fake.calls) == (2, [])
+    assert f"{flag} says nothing" in result.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from fractions import Fraction
 from typing import Any, cast
 
 import pytest
@@ -319,3 +321,17 @@ def test_types_show_every_field_of_their_messages() -> None:
     names = {field.name for field in dataclasses.fields(TrainingSpec)} - {"settings"}
     names |= {"method", *(method.value for method in TrainingMethod)}
     assert names == {field.name for field in training_pb2.TrainingSpec.DESCRIPTOR.fields}
+
+
+def test_a_ratio_is_a_fraction_or_a_text() -> None:
+    def message(ratio: Any) -> training_pb2.TrainingSpec:
+        publish = PublishSettings(adapter_name="mine")
+        return spec_message(TrainingSpec(dataset="", settings=LoramSettings(ratio=ratio), publish=publish))
+
+    assert [message(ratio).loram.ratio for ratio in ("0.65", Fraction("0.65"), "")] == ["0.65", "13/20", ""]
+    for ratio in (0.5, 0, True):
+        with pytest.raises(
+            InvalidArgumentError, match=re.escape(f"{ratio!r} is no text; a ratio is written")
+        ) as caught:
+            message(ratio)
+        assert caught.value.field == "spec.loram.ratio"

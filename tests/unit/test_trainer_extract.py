@@ -12,6 +12,7 @@ import torch
 from architectures import build_checkpoint, edit_json
 from motley_adapters.errors import AdapterError
 from motley_adapters.reader import read_adapter
+from motley_bases.errors import UnreadableBaseError
 from motley_bases.fingerprint import fingerprint
 from motley_bases.stored_spec import read_spec
 from motley_trainer.bases.extract import Extracted, Extraction, extract_lora
@@ -39,8 +40,14 @@ def changed(original: Path, directory: Path, change: Change, origin: str | None 
     change(state)
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     if origin != "":
-        (directory / "loqt_manifest.json").write_text(json.dumps({"original_fingerprint": origin}))
+        write_manifest(directory, original_fingerprint=origin, chain=[] if origin is None else [origin])
     return directory
+
+
+def write_manifest(directory: Path, **fields: object) -> None:
+    """Write a manifest as a job does but for what is said."""
+    manifest = {"schema_version": 1, "fingerprint": fingerprint(directory), "merges": []} | fields
+    (directory / "loqt_manifest.json").write_text(json.dumps(manifest))
 
 
 def product(state: dict[str, Tensor], path: str, values: list[float], seed: int = 0) -> Tensor:
@@ -100,6 +107,7 @@ def test_a_difference_of_that_rank_comes_back_whole(original: Path, trained: Pat
         "extracted_from": fingerprint(trained),
         "rank": 4,
         "energy_kept": found.energy,
+        "energy_kept_of_linears": found.energy_of_linears,
         "energy_kept_by_module": dict(found.energies),
         "left_out": [],
     }
@@ -137,7 +145,15 @@ def test_what_no_lora_of_linears_can_have_is_refused_unless_it_may_be_left_out(o
     with pytest.raises(UnsuitableBaseError, match=rf"2 tensors.*lm_head\.weight, {NORM}") as caught:
         extract(trained, original, tmp_path / "out", 4)
     assert (caught.value.reason, caught.value.field) == ("OTHERS_CHANGED", "linears_only")
-    found = extract(trained, original, tmp_path / "out", 4, linears_only=True)
+    before = load_file(original / "model.safetensors")
+    lost = 0.25 * (before[NORM].numel() + before["lm_head.weight"].numel())
+    kept = 0.6125 / (0.6125 + lost)
+    with pytest.raises(UnsuitableBaseError, match=rf"keeps {kept:.2%}.*100\.00% of the Linears'") as too_low:
+        extract(trained, original, tmp_path / "out", 4, linears_only=True)
+    assert too_low.value.reason == "ENERGY_TOO_LOW", "what is left out is lost as well"
+    found = extract(trained, original, tmp_path / "out", 4, linears_only=True, min_energy=0.0)
+    assert found.energy == pytest.approx(kept, rel=1e-4)
+    assert found.energy_of_linears == pytest.approx(1.0, abs=1e-9)
     assert found.left_out == ("lm_head.weight", NORM)
     manifest = json.loads((tmp_path / "out" / "motley_manifest.json").read_text())
     assert manifest["provenance"]["left_out"] == list(found.left_out)
@@ -165,6 +181,54 @@ def test_bases_that_nothing_can_be_extracted_from_are_refused(
         extract(trained, original, tmp_path / "out", 4)
     assert (caught.value.reason, caught.value.field) == (reason, field)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [f"{QUERY}.weight", NORM])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    original: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    def break_it(state: dict[str, Tensor]) -> None:
+        by_two_products(state)
+        state[name].view(-1)[3] = value
+
+    trained = changed(original, tmp_path / "trained", break_it)
+    with pytest.raises(UnsuitableBaseError) as caught:
+        extract(trained, original, tmp_path / "out", 4, linears_only=True, min_energy=0.0)
+    assert (caught.value.reason, caught.value.field) == ("NOT_FINITE", name)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "7", "[" * 100_000, '{"schema_version": 1}'])
+def test_a_manifest_that_cannot_be_read_is_refused(original: Path, trained: Path, tmp_path: Path, text: str) -> None:
+    other = tmp_path / "trained"
+    shutil.copytree(trained, other)
+    (other / "loqt_manifest.json").write_text(text)
+    with pytest.raises(UnreadableBaseError) as caught:
+        extract(other, original, tmp_path / "out", 4)
+    assert caught.value.reason == "LOQT_MANIFEST"
+
+
+def test_a_manifest_is_held_against_the_weights(original: Path, trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "trained"
+    shutil.copytree(trained, other)
+    (other / "loqt_manifest.json").unlink()
+    (other / "loqt_manifest.json").mkdir()
+    with pytest.raises(UnreadableBaseError) as broken:
+        extract(other, original, tmp_path / "out", 4)
+    assert broken.value.reason == "LOQT_MANIFEST"
+    (other / "loqt_manifest.json").rmdir()
+    origin = fingerprint(original)
+    write_manifest(other, fingerprint=origin, original_fingerprint=origin, chain=[origin])
+    with pytest.raises(UnsuitableBaseError) as caught:
+        extract(other, original, tmp_path / "out", 4)
+    assert (caught.value.reason, caught.value.field) == ("OTHER_MANIFEST", "loqt_manifest.fingerprint")
+
+
+@pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])
+def test_a_least_energy_that_is_no_share_is_refused(share: float) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Extraction(4, min_energy=share)
+    assert (caught.value.reason, caught.value.field) == ("BAD_MIN_ENERGY", "min_energy")
 
 
 def test_a_base_of_other_shapes_and_one_that_is_stored_quantized_are_refused(original: Path, tmp_path: Path) -> None:
@@ -198,7 +262,7 @@ def test_the_command_tells_what_was_kept(original: Path, trained: Path, tmp_path
     digest = json.loads((tmp_path / "out" / "motley_manifest.json").read_text())["digest"]
     assert lines == [
         f"{tmp_path / 'out'}: {digest}, serves on original ({fingerprint(original)})",
-        "energy of the difference that was kept: 66.94%",
+        "energy of the difference that was kept: 66.94%, of the Linears': 66.94%",
         f"  {QUERY}: 80.00%",
         f"  {DOWN}: 53.33%",
     ]

@@ -20,11 +20,13 @@ from motley_adapters.reader import read_adapter
 from motley_bases.loader import load_model
 from motley_trainer.errors import SettingsError
 from motley_trainer.job.reporting import JobCancelledError
+from motley_trainer.methods import goat
 from motley_trainer.spec.settings import GoatScale, GoatScaleRank, GoatSegments, GoatSettings
 from small_goats import SETTINGS, attach, disturb, goats, logits, small_model, trained_on
 from small_trainings import SmallTraining, random_data, stop_after
 
 CPU = torch.device("cpu")
+Q0 = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,33 @@ def test_the_manifest_says_the_geometry_the_scale_and_how_it_was_made(tmp_path: 
     }
 
 
+def test_of_too_many_experts_the_manifest_has_how_even_each_linear_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = SmallTraining.of(**GOAT_TRAINING, steps=1)
+    training.train(tmp_path / "checkpoints")
+    shares: Mapping[str, list[float]] = training.attached.facts()["expert_shares"]  # type: ignore[assignment]
+    assert len(shares) == 6
+    monkeypatch.setattr(goat, "_MAX_SHARES", 6 * 4 - 1)
+    facts = training.attached.facts()
+    assert "expert_shares" not in facts
+    wanted = {
+        path: {"least": min(of), "greatest": max(of), "effective": round(1 / sum(s * s for s in of), 3)}
+        for path, of in shares.items()
+    }
+    assert facts["expert_spread"] == wanted
+
+
+def test_linears_whose_experts_stay_at_zero_are_told(tmp_path: Path) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.get_parameter(f"{Q0}.weight").zero_()
+    attached = attach(model, replace(SETTINGS, target_modules=("q_proj",)))
+    assert attached.facts()["num_modules_without_spectrum"] == 1
+    attached.write(tmp_path, {})
+    assert json.loads((tmp_path / "motley_manifest.json").read_text())["provenance"]["num_modules_without_spectrum"]
+
+
 def test_it_is_of_one_base_and_cannot_be_merged(tmp_path: Path) -> None:
     model = small_model()
     attach(model, replace(SETTINGS, target_modules=("q_proj",))).write(tmp_path / "goat", {})
@@ -216,6 +245,30 @@ def test_what_cannot_be_trained_is_refused_by_name(
         attach(model, settings)
     assert (refused.value.reason, refused.value.field) == (reason, field)
     assert not goats(model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"rho": 1e-7}, "goat.rho"),
+        ({"eta": 1e30}, "goat.eta"),
+        ({"eta": 1e-24}, "goat.eta"),
+        ({"scale": GoatScale.ALPHA, "alpha": 1e20}, "goat.alpha"),
+    ],
+)
+def test_what_begins_too_large_to_be_served_is_refused_before_a_step(changed: dict[str, Any], field: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        attach(small_model(), replace(SETTINGS, **changed))
+    assert (refused.value.reason, refused.value.field) == ("WEIGHT_TOO_LARGE", field)
+
+
+def test_what_has_grown_too_large_to_be_served_is_not_written_in_silence(tmp_path: Path) -> None:
+    attached = attach(small_model())
+    with torch.no_grad():
+        attached.parameters[f"{Q0}.goat_b"].mul_(1e6)
+    with pytest.raises(AdapterFormatError) as refused:
+        attached.write(tmp_path / "goat", {})
+    assert (refused.value.reason, refused.value.field) == ("WEIGHT_TOO_LARGE", f"{Q0}.goat_B")
 
 
 def test_the_largest_rank_that_fits_is_trained() -> None:

@@ -16,8 +16,8 @@ from motley_trainer.spec.settings import LoqtDecomposition
 from torch import Tensor, nn
 
 SVD, EIGH = LoqtDecomposition
-NF4 = holding("nf4", torch.float32)
-PLAIN = holding("none", torch.float32)
+NF4 = holding("nf4")
+PLAIN = holding("none")
 DECAY = 0.974  # of a gradient's channels, where the errors below were measured
 SHAPES = [(96, 64), (64, 64), (64, 96)]  # outputs, inputs
 
@@ -35,7 +35,7 @@ def make(shape: tuple[int, int], quantization: str = "none", *, bias: bool = Fal
     with torch.no_grad():
         linear.weight.copy_(drawn(*shape, seed=3, spread=0.05))
     settings: dict[str, Any] = {"rank": 8, "scale": 0.5, "compensation_steps": 5, "decomposition": SVD, **more}
-    return LoqtLinear(linear, "a.path", Renewing(holding=holding(quantization, torch.float32), **settings))
+    return LoqtLinear(linear, "a.path", Renewing(holding=holding(quantization), **settings))
 
 
 # --- NF4
@@ -284,6 +284,26 @@ def test_a_merge_keeps_the_outputs_and_without_quantizing_every_bit_that_counts(
             plain = (NF4.hold(weight).expanded(torch.float32) - weight).norm()
             assert 0 < float(lost.norm()) < float(plain)
             assert not torch.equal(factor, linear.factor)
+
+
+def test_without_quantizing_a_bfloat16_weight_keeps_merges_of_small_changes() -> None:
+    """Each far less than the last bit of a weight: rounded to the weight's type at each merge, all would be lost."""
+    linear = nn.Linear(64, 64, bias=False)
+    nn.init.constant_(linear.weight, 1.0)
+    renewing = Renewing(8, 0.5, 0, SVD, PLAIN)
+    held = LoqtLinear(linear.bfloat16(), "a.path", renewing)
+    wanted = torch.ones(64, 64)
+    held.renew(drawn(64, 64))
+    for merge in range(20):
+        with torch.no_grad():
+            held.factor.fill_(1e-3)
+        assert held.frozen is not None
+        wanted += 0.5 * held.factor.detach().float() @ held.frozen.expanded(torch.float32)
+        held.renew(drawn(64, 64, seed=merge + 1))
+        assert not held.factor.any()
+    assert float((wanted - 1).abs().max()) > 1e-3
+    torch.testing.assert_close(held.held.expanded(torch.float32), wanted, rtol=0, atol=1e-5)
+    assert held(drawn(2, 64).bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_merge_of_nothing_changes_nothing() -> None:

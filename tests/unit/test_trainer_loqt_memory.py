@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from motley_trainer.job import loop
+from motley_trainer.methods.loqt import AttachedLoqt
 from motley_trainer.methods.loqt_linear import LoqtLinear
 from motley_trainer.spec.settings import LoqtDecomposition
 from small_loqts import SmallLoqt, linear_paths, small_model
@@ -31,13 +32,14 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._sizes: dict[int, int] = {}
         self.now = self.peak = 0
+        self.is_host = False  # what is made meanwhile is not counted
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not self.is_host:
                 self._add(tensor.untyped_storage())
         return made
 
@@ -57,10 +59,10 @@ def small(quantization: str, **settings: Any) -> SmallLoqt:
     return SmallLoqt.of(quantization, model=small_model(**SIDES), rank=32, merge_interval=3, **settings)
 
 
-def peaks(one: SmallLoqt, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def peaks(one: SmallLoqt, num_steps: int, monkeypatch: pytest.MonkeyPatch, live: LiveBytes | None = None) -> list[int]:
     """Return the largest number of bytes that each step had alive beyond what was there when training began."""
     found: list[int] = []
-    live = LiveBytes()
+    live = LiveBytes() if live is None else live
     real = loop._take_step
 
     def take_step(*arguments: Any) -> Any:
@@ -125,11 +127,6 @@ def test_a_merge_has_one_linears_gradient_at_a_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(LoqtLinear, "renew", renew)
     deque(one.steps(1), maxlen=0)
     assert most == [1] * len(one.attached._adapted)
-    # Of several batches the sums lie in the host's memory, where the test's model lies too.
-    one = small("nf4")
-    one.training = {"micro_batch_size": 2}
-    deque(one.steps(1), maxlen=0)
-    assert {gradient.device.type for gradient in one.attached._gathered.values()} == set()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +151,39 @@ def test_a_merge_peaks_at_most_one_gradient_above_a_step(
     )
     ordinary = max(found[step] for step in (1, 2, 4, 5))
     assert found[3] <= ordinary + largest, (found, largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_of_micro_batches_has_its_sums_in_the_hosts_memory(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those apart, it peaks no higher than one of a single batch; they are float32, one for each Linear, and go."""
+    live = LiveBytes()
+    host: list[int] = []
+    gather, renew = AttachedLoqt._gather, LoqtLinear.renew
+
+    def gather_on_host(attached: AttachedLoqt, linear: LoqtLinear, gradient: Tensor) -> None:
+        live.is_host = True  # what `gather` makes is the host's, wherever the model lies
+        gather(attached, linear, gradient)
+        live.is_host = False
+        assert {(sums.device.type, sums.dtype) for sums in attached._gathered.values()} == {("cpu", torch.float32)}
+        host.append(sum(sums.nbytes for sums in attached._gathered.values()))
+
+    def renew_from_host(linear: LoqtLinear, gradient: Tensor) -> None:
+        on_device = [gradient.clone()]  # as from the host's memory to a device's
+        del gradient
+        renew(linear, on_device.pop())
+
+    monkeypatch.setattr(AttachedLoqt, "_gather", gather_on_host)
+    monkeypatch.setattr(LoqtLinear, "renew", renew_from_host)
+    one = small("nf4")
+    one.model.to(dtype)
+    one.training = {"micro_batch_size": 2}
+    found = peaks(one, 4, monkeypatch, live)
+    sizes = [linear.in_features * linear.out_features * 4 for linear in one.attached._adapted.values()]
+    assert max(host) == sum(sizes)
+    assert one.attached._gathered == {}
+    assert found[3] <= max(found[1:3]) + max(sizes), (found, sizes)
 
 
 def test_buffers_for_all_gradients_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

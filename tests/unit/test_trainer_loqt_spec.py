@@ -46,7 +46,7 @@ def test_what_is_not_said_is_as_the_proto_says() -> None:
         0.5,
         5,
         LoqtSchedule.EXPONENTIAL,
-        100,
+        None,
         1.2,
         LoqtDecomposition.SVD,
         LoqtOptimizer.ADAMW,
@@ -114,12 +114,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"compensation_steps": 101}, "compensation_steps"),
     ({"schedule": "LOQT_SCHEDULE_DAILY"}, "schedule"),
     ({"merge_interval": 0}, "merge_interval"),
+    ({"merge_interval": 1}, "merge_interval"),
     ({"growth": 0.9}, "growth"),
     ({"growth": float("inf")}, "growth"),
     ({"schedule": "LOQT_SCHEDULE_LINEAR", "growth": -1}, "growth"),
     ({"schedule": "LOQT_SCHEDULE_STATIC", "growth": 2}, "growth"),
     ({"schedule": "LOQT_SCHEDULE_NEVER", "growth": 2}, "growth"),
     ({"schedule": "LOQT_SCHEDULE_NEVER", "merge_interval": 5}, "merge_interval"),
+    ({"schedule": "LOQT_SCHEDULE_NEVER", "keep_moments": True}, "keep_moments"),
     ({"decomposition": "LOQT_DECOMPOSITION_QR"}, "decomposition"),
     ({"optimizer": "LOQT_OPTIMIZER_SGD"}, "optimizer"),
     ({"keep_moments": 1}, "keep_moments"),
@@ -140,6 +142,18 @@ def test_what_cannot_be_is_refused_by_its_field(settings: dict[str, Any], field:
         with pytest.raises(SettingsError) as refused:
             read_spec({"dataset": DATA, **spec})
         assert (refused.value.reason, refused.value.field) == ("BAD_SPEC", f"{path}.{field}")
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_what_is_not_quantized_has_nothing_to_compensate_for(steps: int) -> None:
+    settings = {"compensation_steps": steps}
+    alignment = {"alignment": {"dataset": OTHER, "loqt": settings}}
+    for method, asked, path in (("LOQT", settings, "loqt"), ("LORAM", alignment, "loram.alignment.loqt")):
+        fields: dict[str, Any] = {"method": f"TRAINING_METHOD_{method}", method.lower(): asked}
+        assert from_wire(**fields, quantization="nf4").quantization == "nf4"
+        with pytest.raises(SettingsError) as refused:
+            from_wire(**fields, quantization="none")
+        assert (refused.value.reason, refused.value.field) == ("BAD_SPEC", f"{path}.compensation_steps")
 
 
 @pytest.mark.parametrize(

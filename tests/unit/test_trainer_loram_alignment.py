@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from architectures import build_model, make_tokenizer
 from job_folders import write_dataset
 from motley_trainer.data.lines import Passage
-from motley_trainer.data.samples import encode
+from motley_trainer.data.samples import encode, encode_passages
 from motley_trainer.errors import DataError
 from motley_trainer.job.alignment import FIELD, Alignment, AllWeights, FullRank, alignment_spec, read_alignment
 from motley_trainer.job.checkpoint import Checkpoints
@@ -20,7 +21,7 @@ from motley_trainer.job.schedule import rate
 from motley_trainer.pruning.masks import ShareMask
 from motley_trainer.pruning.sample_windows import cut_samples
 from motley_trainer.pruning.sparse_gpt import sparsify
-from motley_trainer.spec.settings import LoramAlignment, LoramSettings, TrainingMethod
+from motley_trainer.spec.settings import LoramAlignment, LoramSettings, OverLength, TrainingMethod
 from small_trainings import SPEC, VOCABULARY, random_data, stop_after
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def aligned(
     folder: Path,
     name: str = "llama",
     *,
-    keeps_zeros: bool = False,
+    pruned: Collection[str] = (),
     stops: tuple[int, ...] = (),
     model: PreTrainedModel | None = None,
 ) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def aligned(
     spec = alignment_spec(replace(SPEC, checkpoint_steps=4), ASKED)
     for stop in (*stops, None):
         of = (model or build_model(name, vocab_size=VOCABULARY)).requires_grad_(False)
-        alignment = Alignment(of, spec, random_data(), keeps_zeros)
+        alignment = Alignment(of, spec, random_data(), pruned)
         reporter = Reporter(lambda event: None, stop_after(stop) if stop else lambda: False)
         try:
             FullRank().align(alignment, Checkpoints(folder, {"copy": "a"}), reporter)
@@ -77,17 +78,29 @@ def test_weights_that_were_set_to_zero_stay_so(tmp_path: Path) -> None:
         model = build_model("llama", vocab_size=VOCABULARY)
         sparsify(model, windows, range(3), ShareMask(LoramSettings().ratio))
         zeros = {name: weight == 0 for name, weight in model.state_dict().items() if "_proj" in name}
-        after = aligned(tmp_path / str(keeps_zeros), keeps_zeros=keeps_zeros, model=model)
+        after = aligned(tmp_path / str(keeps_zeros), pruned=zeros if keeps_zeros else (), model=model)
         still = [bool((after[name][of] == 0).all()) for name, of in zeros.items()]
         assert all(still) if keeps_zeros else not any(still)
         assert all(bool((after[name] != 0).any()) for name in zeros)
+
+
+def test_zeros_that_no_pruning_left_learn(tmp_path: Path) -> None:
+    model = build_model("qwen2", vocab_size=VOCABULARY)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("v_proj.bias", ".0.mlp.down_proj.weight")):
+                weight[:2] = 0
+    zeros = {name: weight == 0 for name, weight in model.state_dict().items() if bool((weight == 0).any())}
+    after = aligned(tmp_path, pruned=["model.layers.1.mlp.down_proj.weight"], model=model)
+    assert len(zeros) == 4
+    assert [name for name, of in zeros.items() if not after[name][of].any()] == []
 
 
 def test_a_checkpoint_holds_what_the_next_step_needs_and_no_head(tmp_path: Path) -> None:
     aligned(tmp_path)
     found = Checkpoints(tmp_path, {"copy": "a"}).latest()
     assert found is not None
-    weights = AllWeights(build_model("llama", vocab_size=VOCABULARY), keeps_zeros=False).parameters
+    weights = AllWeights(build_model("llama", vocab_size=VOCABULARY)).parameters
     kinds = ("parameter", "exp_avg", "exp_avg_sq", "step")
     assert found.tensors.keys() == {f"{kind}.{name}" for kind in kinds for name in weights}
 
@@ -125,6 +138,21 @@ def test_what_is_measured_by_is_not_learned(tmp_path: Path) -> None:
     held_out = (encode(Passage(1, text, ((0, len(text)),)), TOKENIZER),)
     with_it, without = read(tmp_path, TEXT), read(tmp_path, TEXT, held_out=held_out)
     assert with_it.report.num_tokens > without.report.num_tokens
+    assert read(tmp_path, TEXT[:3] + TEXT[4:]).report == without.report
+
+
+@pytest.mark.parametrize("max_length", [64, 4])  # whole, and cut
+def test_a_completion_that_is_measured_by_is_not_learned_as_text(tmp_path: Path, max_length: int) -> None:
+    text = TEXT[3]["text"]
+    encoded = encode_passages(
+        [Passage(1, text, ((3, len(text)),))],
+        TOKENIZER,
+        max_length=max_length,
+        over_length=OverLength.TRUNCATE,
+        field="gate.dataset",
+    )
+    without = read(tmp_path, TEXT, held_out=encoded.samples)
+    assert encoded.num_truncated == (max_length == 4)
     assert read(tmp_path, TEXT[:3] + TEXT[4:]).report == without.report
 
 

@@ -15,10 +15,12 @@ from motley_trainer.errors import SettingsError
 from motley_trainer.pruning.counting import CountingRule, kept_count
 from motley_trainer.pruning.groups import GroupKind, layer_groups
 from motley_trainer.pruning.iterative import Pruned, prune_in_steps
+from motley_trainer.pruning.loram_checks import pruned_layers
 from motley_trainer.pruning.saliency import Criterion
 from motley_trainer.pruning.selection import select
 from motley_trainer.pruning.settings import PruneSettings, Selection
 from motley_trainer.pruning.surgery import num_parameters as count_parameters
+from motley_trainer.spec.settings import LoramPruning, LoramSettings
 
 LLAMA_2_70B = DecoderShape(80, 8192, 28672, 64, 8, 128, 32000)
 LLAMA_3_70B = DecoderShape(80, 8192, 28672, 64, 8, 128, 128256)
@@ -57,6 +59,20 @@ def test_the_published_counts_follow_from_the_groups_to_the_parameter(
     shape: DecoderShape, ratio: str, wanted: int
 ) -> None:
     assert num_left(shape, loram(ratio)) == wanted
+
+
+def test_single_weights_go_from_all_layers_unless_some_are_named() -> None:
+    asked = LoramSettings(pruning=LoramPruning.UNSTRUCTURED, ratio=Fraction("0.55"))
+    in_layer = 4 * 5120 * 5120 + 3 * 5120 * 13824
+    left = num_parameters(LLAMA_2_13B) - asked.ratio * in_layer * len(pruned_layers(asked, 40))
+    assert float(left) == pytest.approx(6_037_628_912, rel=1e-5)
+    for pruning, layers in (
+        (LoramPruning.SEMI_STRUCTURED, range(40)),
+        (LoramPruning.STRUCTURED, range(4, 38)),
+        (LoramPruning.RANDOM, range(4, 38)),
+    ):
+        assert pruned_layers(replace(asked, pruning=pruning), 40) == layers
+        assert pruned_layers(replace(asked, pruning=pruning, layers=(5, 6)), 40) == range(5, 6)
 
 
 @given(

@@ -212,3 +212,27 @@ def test_a_warmup_as_long_as_the_training_is_refused() -> None:
     with pytest.raises(SettingsError) as refused:
         warmup_steps(OptimizerSettings(warmup_steps=10), 10)
     assert refused.value.field == "optimizer.warmup_steps"
+
+
+@pytest.mark.parametrize(
+    ("loram", "field"),
+    [
+        ({"ratio": 0}, "ratio"),
+        ({"ratio": False}, "ratio"),
+        ({"ratio": 0.5}, "ratio"),
+        ({"layers": []}, "layers"),
+        ({"layers": 0}, "layers"),
+        ({"pruning": "LORAM_PRUNING_SEMI_STRUCTURED", "pattern": 0}, "pattern"),
+        ({"same_cut_as": []}, "same_cut_as"),
+        ({"ratio": "0", "layers": "zebra"}, "layers"),
+        ({"ratio": "0", "layers": "0:1"}, "layers"),
+        ({"ratio": "0", "pruning": "LORAM_PRUNING_RANDOM"}, "pruning"),
+        ({"ratio": "0", "calibration_samples": 1}, "calibration_samples"),
+        ({"ratio": "0", "alignment": {"dataset": OTHER}}, "alignment"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_loram_is_a_text_and_has_its_use(loram: dict[str, object], field: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        read_spec({"method": "TRAINING_METHOD_LORAM", "dataset": DATA, "loram": loram})
+    assert (refused.value.reason, refused.value.field) == ("BAD_SPEC", f"loram.{field}")

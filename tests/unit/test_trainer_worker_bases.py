@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,21 +11,18 @@ from typing import Any
 
 import pytest
 from fake_worker_service import FakeJob
+from made_bases_files import FILES, FINGERPRINT, content, far, kept_in, write_base
 from motley.v1 import training_pb2 as pb
+from motley_client.convert_worker import told_event
+from motley_client.errors import FailedPreconditionError
+from motley_client.types_worker import JobEnding, LeaseEnd
+from motley_client.worker_calls import LeaseClient
 from motley_trainer.errors import OutputError, SettingsError
 from motley_trainer.files import durable
-from motley_trainer.job import made_base
-from motley_trainer.worker import made_bases
 from motley_trainer.worker.made_bases import MadeBases, is_base
 from motley_trainer.worker.settings import METHODS
-from worker_house import WorkerHouse, worker_house
-
-FINGERPRINT = f"sha256:{'1' * 64}"
-FILES = {
-    "config.json": b"{}",
-    "loqt_manifest.json": json.dumps({"fingerprint": FINGERPRINT}).encode(),
-    "model.safetensors": b"weights" * 1000,
-}
+from motley_trainer.worker.work import parts_of
+from worker_house import WorkerHouse, eventually, worker_house
 
 
 @pytest.fixture
@@ -34,18 +30,6 @@ def house(tmp_path: Path) -> Iterator[WorkerHouse]:
     with worker_house(tmp_path / "work") as house:
         house.bases = tmp_path / "bases"
         yield house
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    """Return the files of a directory."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def write_base(directory: Path, fingerprint: str = FINGERPRINT) -> None:
-    directory.mkdir(parents=True)
-    for name, data in FILES.items():
-        (directory / name).write_bytes(data)
-    (directory / "loqt_manifest.json").write_text(json.dumps({"fingerprint": fingerprint}))
 
 
 def reasons(house: WorkerHouse) -> list[tuple[str, str]]:
@@ -70,7 +54,7 @@ def test_a_base_is_kept_told_of_and_published_nowhere(house: WorkerHouse, tmp_pa
     told = pb.TrainedBase(directory=str(place), fingerprint=FINGERPRINT, num_merges=2, size_bytes=7002)
     assert job.events[-1].base == told
     assert content(place) == FILES
-    assert [path.name for path in place.parent.iterdir()] == [job.id]
+    assert kept_in(place.parent) == [job.id]
     assert place.parent.stat().st_mode & 0o777 == 0o700
     assert other.state == "succeeded", "adapters go on as they did"
     assert [request.adapter_name for name, request in house.adapters.calls if name == "UploadAdapter"] == ["legal"]
@@ -98,7 +82,7 @@ def test_a_base_that_does_not_pass_its_gate_is_not_kept(house: WorkerHouse, tmp_
     job = house.fake.add_base_job()
     house.work("rejects")
     assert (job.state, job.reason) == ("rejected", "GATE_NOT_PASSED")
-    assert list((tmp_path / "bases").iterdir()) == []
+    assert kept_in(tmp_path / "bases") == []
     assert house.files() == []
 
 
@@ -137,18 +121,6 @@ def test_a_base_that_is_gone_is_made_again(house: WorkerHouse, tmp_path: Path, m
     assert content(tmp_path / "bases" / job.id) == FILES
 
 
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put folders with different parents on different file systems."""
-    real = os.rename
-
-    def rename(source: Path, target: Path) -> None:
-        if Path(source).parent != Path(target).parent:
-            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
-        real(source, target)
-
-    monkeypatch.setattr(os, "rename", rename)
-
-
 def test_a_full_disk_gives_the_job_back_and_leaves_nothing_half_done(
     house: WorkerHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +140,7 @@ def test_a_full_disk_gives_the_job_back_and_leaves_nothing_half_done(
     assert reasons(house) == [("queued", "DISK_FULL"), ("succeeded", "")]
     assert times_trained(job) == 1
     assert content(tmp_path / "bases" / job.id) == FILES
-    assert os.listdir(tmp_path / "bases") == [job.id]
+    assert kept_in(tmp_path / "bases") == [job.id]
     assert house.value("faults_total", reason="DISK_FULL") == 1
 
 
@@ -197,7 +169,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("before", ["nothing", "another base", "half a copy"])
+@pytest.mark.parametrize("before", ["nothing", "half a copy"])
 @pytest.mark.parametrize("is_far", [False, True], ids=["near", "far"])
 def test_a_base_is_whole_in_one_of_both_places_whenever_it_is_cut(tmp_path: Path, is_far: bool, before: str) -> None:
     number, num_cuts = 0, 0
@@ -205,8 +177,6 @@ def test_a_base_is_whole_in_one_of_both_places_whenever_it_is_cut(tmp_path: Path
         root = tmp_path / str(number)
         made, bases = root / "jobs" / "job-1" / "base", MadeBases(root / "bases")
         write_base(made)
-        if before == "another base":
-            write_base(root / "bases" / "job-1", f"sha256:{'2' * 64}")
         if before == "half a copy":
             write_base(root / "bases" / ".new-job-1")
             (root / "bases" / ".new-job-1" / "left over").touch()
@@ -228,9 +198,10 @@ def test_a_base_is_whole_in_one_of_both_places_whenever_it_is_cut(tmp_path: Path
                 far(patch)
             assert bases.take(made, "job-1", FINGERPRINT) == place
         assert content(place) == FILES
-        assert os.listdir(root / "bases") == ["job-1"] or (before == "half a copy" and not is_far)
+        bases.forget_old(-1)
+        assert kept_in(root / "bases") == ["job-1"]
         number += 1
-    assert num_cuts >= (10 if is_far else 3)
+    assert num_cuts >= (10 if is_far else 2)
     assert content(root / "bases" / "job-1") == FILES
     assert is_far == made.exists()
 
@@ -268,7 +239,10 @@ def test_copies_that_nobody_came_back_to_are_forgotten_and_bases_stay(tmp_path: 
     for name in ("job-1", ".new-job-2", ".new-job-3"):
         write_base(tmp_path / "bases" / name)
     for name in ("job-1", ".new-job-2"):
+        for path in (tmp_path / "bases" / name).iterdir():
+            os.utime(path, (1, 1))
         os.utime(tmp_path / "bases" / name, (1, 1))
+    os.utime(tmp_path / "bases" / ".new-job-3", (1, 1))  # while one of its files grows
     bases.forget_old(1800)
     assert sorted(os.listdir(tmp_path / "bases")) == [".new-job-3", "job-1"]
 
@@ -280,5 +254,65 @@ def test_a_place_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert (caught.value.reason, caught.value.field) == ("BASES_DIR", "bases")
 
 
-def test_the_worker_looks_for_the_manifest_that_a_job_writes() -> None:
-    assert made_bases.MANIFEST_FILE == made_base.MANIFEST_FILE
+def test_a_job_whose_place_is_taken_fails_and_says_where_its_base_is(house: WorkerHouse, tmp_path: Path) -> None:
+    job = house.fake.add_base_job()
+    write_base(tmp_path / "bases" / job.id, f"sha256:{'2' * 64}")
+    house.work("passes")
+    assert (job.state, job.reason) == ("failed", "BASE_EXISTS")
+    assert f"7 days its base stays with worker w1, in jobs/{job.id}/base of its work directory" in job.message
+    assert content(house.directory / "jobs" / job.id / "base") == FILES
+
+
+def test_a_base_that_the_server_does_not_take_is_said_to_be_there(
+    house: WorkerHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, real = house.fake.add_base_job(), LeaseClient.report_job
+
+    async def report(self: LeaseClient, events: Any, num: int, ending: JobEnding | None = None, **more: Any) -> bool:
+        if ending is not None and ending.end is LeaseEnd.SUCCEEDED:
+            raise FailedPreconditionError("no base", reason="NO_BASE_MADE")
+        return await real(self, events, num, ending, **more)
+
+    monkeypatch.setattr(LeaseClient, "report_job", report)
+    house.work("passes")
+    assert (job.state, job.reason) == ("failed", "NO_BASE_MADE")
+    assert f"its base stays with worker w1, in {job.id} of its `--bases`" in job.message
+    assert content(tmp_path / "bases" / job.id) == FILES
+
+
+def test_a_cancellation_is_heard_while_a_base_is_copied(
+    house: WorkerHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far(monkeypatch)
+    copyfile, take, job = shutil.copyfile, MadeBases.take, house.fake.add_base_job()
+    asked: list[Callable[[], bool]] = []
+
+    def take_so(self: MadeBases, made: Path, id: str, fingerprint: str, is_unwanted: Callable[[], bool]) -> Path:
+        asked.append(is_unwanted)
+        return take(self, made, id, fingerprint, is_unwanted)
+
+    def copy(source: Path, target: Path) -> None:
+        job.cancel_requested = True
+        assert eventually(asked[0])
+        copyfile(source, target)
+
+    monkeypatch.setattr(MadeBases, "take", take_so)
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    house.work("passes")
+    assert (job.state, job.message) == ("cancelled", "")
+    assert kept_in(tmp_path / "bases") == []
+    assert [name for name in house.files() if "base" in name] == []
+
+
+@pytest.mark.parametrize(("num_merges", "sizes"), [(1000, [1000]), (2001, [1000, 1000, 1])])
+def test_many_merges_are_told_in_parts_that_a_server_takes(num_merges: int, sizes: list[int]) -> None:
+    merges = [{"step": step, "digest": FINGERPRINT} for step in range(num_merges)]
+    parts = parts_of({"merges": {"merges": merges}})
+    assert [len(part["merges"]["merges"]) for part in parts] == sizes
+    assert [merge for part in parts for merge in part["merges"]["merges"]] == merges
+    assert all(told_event(part).kind == "merges" for part in parts)
+
+
+@pytest.mark.parametrize("line", [{"stage": "x"}, {"merges": 5}, {"merges": {"merges": {}}}, {"merges": None}])
+def test_what_else_is_told_stays_as_it_is(line: dict[str, Any]) -> None:
+    assert parts_of(line) == [line]

@@ -214,6 +214,7 @@ def test_the_order_of_a_job_is_what_its_process_reads(tmp_path: Path) -> None:
         "dtype": "bfloat16",
         "served_quantization": "nf4",
         "device": "cpu",
+        "spectra": str(house.directory / "spectra"),
     }  # fmt: skip
     assert orders[1] == orders[0] | {"dtype": "float32"}
     assert (house.directory / "jobs" / job.id / "data" / f"{digest.removeprefix('sha256:')}.jsonl").exists()

@@ -12,6 +12,7 @@ from motley.v1 import training_pb2 as pb
 from motley_server.errors import InvalidArgumentError
 from motley_server.rpc.convert_training import text_of
 from motley_server.rpc.training_spec import check_spec
+from motley_trainer.errors import SettingsError
 from motley_trainer.spec.reading import read_spec
 from rpc_harness import make_base
 from training_calls import spec_with
@@ -57,6 +58,9 @@ BAD: dict[str, tuple[pb.TrainingSpec, str, str]] = {
     "experts without end": (goat_with(target_modules=["q_proj"] * 1025), "OUT_OF_RANGE", "goat.target_modules"),
     "rho 0": (goat_with(rho=0.0), "OUT_OF_RANGE", "goat.rho"),
     "rho of infinity": (goat_with(rho=math.inf), "OUT_OF_RANGE", "goat.rho"),
+    "rho that no file may have": (goat_with(rho=1e-35), "OUT_OF_RANGE", "goat.rho"),
+    "eta that makes a scale that no file may have": (goat_with(eta=1e-70), "OUT_OF_RANGE", "goat.eta"),
+    "alpha of a scale that no file may have": (goat_with(scale=ALPHA, alpha=1e-35), "OUT_OF_RANGE", "goat.alpha"),
     "eta 0": (goat_with(eta=0.0), "OUT_OF_RANGE", "goat.eta"),
     "a negative balance": (goat_with(balance_loss=-1e-9), "OUT_OF_RANGE", "goat.balance_loss"),
     "experts that drop all": (goat_with(dropout=1.0), "OUT_OF_RANGE", "goat.dropout"),
@@ -75,6 +79,14 @@ def test_settings_that_cannot_be_followed_are_refused_by_the_fields_path(name: s
         check_spec(spec, BASE)
     assert (caught.value.reason, caught.value.field) == (reason, f"spec.{field}")
     assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if "no file may have" in name])
+def test_a_worker_refuses_what_no_file_may_have_too(name: str) -> None:
+    spec, _, field = BAD[name]
+    with pytest.raises(SettingsError) as caught:
+        read_spec(json.loads(text_of(spec)))
+    assert (caught.value.reason, caught.value.field) == ("BAD_SPEC", field)
 
 
 def test_goat_takes_any_linears_and_a_base_that_is_pruned() -> None:

@@ -45,7 +45,7 @@ GOOD: dict[str, pb.TrainingSpec] = {
     "no compensation": loqt_with(compensation_steps=0),
     "as much compensation as there may be": loqt_with(compensation_steps=100),
     "powers that stay": loqt_with(schedule=pb.LOQT_SCHEDULE_EXPONENTIAL, growth=1.0),
-    "every step": loqt_with(schedule=STATIC, merge_interval=1, keep_moments=True),
+    "every other step": loqt_with({"steps": 3}, schedule=STATIC, merge_interval=2, keep_moments=True),
     "intervals that stay": loqt_with(schedule=LINEAR, growth=0.0),
     "never": loqt_with(schedule=NEVER, scale=1e-3),
     "eight bits": loqt_with(decomposition=pb.LOQT_DECOMPOSITION_EIGH, optimizer=pb.LOQT_OPTIMIZER_ADAMW_8BIT),
@@ -80,6 +80,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "compensation before the first": ({"compensation_steps": -1}, "OUT_OF_RANGE", ".compensation_steps"),
     "compensation without end": ({"compensation_steps": 101}, "OUT_OF_RANGE", ".compensation_steps"),
     "an interval of 0": ({"merge_interval": 0}, "OUT_OF_RANGE", ".merge_interval"),
+    "an interval of 1": ({"schedule": STATIC, "merge_interval": 1}, "OUT_OF_RANGE", ".merge_interval"),
     "an interval of 0 that grows": ({"schedule": LINEAR, "merge_interval": 0}, "OUT_OF_RANGE", ".merge_interval"),
     "powers that fall": ({"growth": 0.9}, "OUT_OF_RANGE", ".growth"),
     "powers that explode": ({"growth": 1e7}, "OUT_OF_RANGE", ".growth"),
@@ -121,6 +122,30 @@ def test_settings_that_cannot_be_followed_are_refused_by_the_fields_path(name: s
 )
 def test_what_does_not_go_with_loqt_is_refused(spec: dict[str, Any], reason: str, field: str) -> None:
     assert refused(loqt_with(spec)) == (reason, f"spec.{field}")
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(20, 20), (20, 21)])
+def test_an_interval_that_is_never_over_is_refused_where_the_steps_are_known(steps: int, interval: int) -> None:
+    wanted = ("OUT_OF_RANGE", "spec.loqt.merge_interval")
+    assert refused(loqt_with({"steps": steps}, merge_interval=interval)) == wanted
+    assert check_spec(loqt_with({"steps": steps}, merge_interval=steps - 1), BASE) == "loqt"
+    assert check_spec(loqt_with({"epochs": 1.0}, merge_interval=interval), BASE) == "loqt", "the data tell"
+
+
+def test_an_interval_that_an_alignment_is_never_over_is_refused_by_its_field() -> None:
+    wanted = ("OUT_OF_RANGE", "spec.loram.alignment.loqt.merge_interval")
+    assert refused(aligned_with(merge_interval=100)) == wanted  # which is how many steps there are unless set
+    spec = aligned_with(merge_interval=99)
+    assert check_spec(spec, BASE) == "loram"
+    spec.loram.alignment.steps = 99
+    assert refused(spec) == wanted
+
+
+def test_what_is_not_quantized_has_nothing_to_compensate_for() -> None:
+    specs = {"loqt": loqt_with(compensation_steps=0), "loram.alignment.loqt": aligned_with(compensation_steps=5)}
+    for field, spec in specs.items():
+        spec.quantization = "none"
+        assert refused(spec) == ("SETTING_NOT_USED", f"spec.{field}.compensation_steps")
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,7 @@ def loram_with(**settings: Any) -> pb.TrainingSpec:
 
 GOOD: dict[str, pb.TrainingSpec] = {
     "LoRAM over the layer": loram_with(),
-    "LoRAM of nothing": loram_with(ratio="0"),
-    "LoRAM of nothing, of no layers": loram_with(ratio="0", layers=""),
+    "LoRAM of nothing": loram_with(ratio="0", layers=""),
     "LoRAM of nearly all channels": loram_with(ratio="31/32", lora={"rank": 1}),
     "a ratio in decimals": loram_with(ratio=".65"),
     "a rank that the pruned channels still have": loram_with(lora={"rank": 16, "target_modules": ["up_proj"]}),
@@ -40,6 +39,8 @@ GOOD: dict[str, pb.TrainingSpec] = {
         pruning=UNSTRUCTURED, ratio="0.999", calibration_samples=1, lora={"rank": 16, "target_modules": ["up_proj"]}
     ),
     "four of eight": loram_with(pruning=SEMI),
+    "four of eight, in all layers": loram_with(pruning=SEMI, layers=""),
+    "weights of all layers": loram_with(pruning=UNSTRUCTURED, layers=""),
     "one of sixteen": loram_with(pruning=SEMI, pattern="1:16"),
     "another's cut": loram_with(same_cut_as="other/rows@2"),
     "alignment": loram_with(alignment=pb.LoramAlignment(dataset=OTHER, steps=1, learning_rate=1e-5, batch_size=1)),
@@ -64,7 +65,6 @@ BAD: dict[str, tuple[pb.TrainingSpec, str, str]] = {
         for text in ("0", ":", "0:", ":1", "1:1", "1:0", "0:2", "1:2", "-1:1", "0:1:1", "0 :1")
     },
     "layers by default, of which there are none": (loram_with(layers=""), "INVALID_LAYERS", "loram.layers"),
-    "no layers to prune by weights": (loram_with(layers="", pruning=SEMI), "INVALID_LAYERS", "loram.layers"),
     **{
         f"a pattern of {text}": (loram_with(pruning=SEMI, pattern=text), "INVALID_PATTERN", "loram.pattern")
         for text in ("4", "0:8", "8:8", "9:8", "4:", "4:8:8", "2:3", "4:32")
@@ -85,8 +85,17 @@ BAD: dict[str, tuple[pb.TrainingSpec, str, str]] = {
             ("calibration_samples", 64),
         )
     },
+    **{
+        f"{name} {value} of nothing": (loram_with(**{"ratio": "0", "layers": "", name: value}), reason, f"loram.{name}")
+        for name, value, reason in (
+            ("pruning", pb.LORAM_PRUNING_RANDOM, "SETTING_NOT_USED"), ("layers", "0:1", "SETTING_NOT_USED"),
+            ("pattern", "4:8", "SETTING_NOT_USED"), ("calibration_samples", 8, "SETTING_NOT_USED"),
+            ("layers", "zebra", "INVALID_LAYERS"), ("layers", "9:3", "INVALID_LAYERS"),
+        )
+    },
     "alignment of what is whole": (
-        loram_with(ratio="0", alignment=pb.LoramAlignment(dataset=OTHER)), "SETTING_NOT_USED", "loram.alignment",
+        loram_with(ratio="0", layers="", alignment=pb.LoramAlignment(dataset=OTHER)), "SETTING_NOT_USED",
+        "loram.alignment",
     ),
     "the cut of a bad name": (loram_with(same_cut_as="Rows"), "INVALID_ADAPTER_NAME", "loram.same_cut_as"),
     "no samples to prune by": (loram_with(calibration_samples=0), "OUT_OF_RANGE", "loram.calibration_samples"),
@@ -194,6 +203,21 @@ def test_a_ratio_may_not_take_all_heads_where_each_has_its_own_keys() -> None:
 def test_loram_is_refused_for_a_base_that_is_pruned_already(settings: dict[str, Any]) -> None:
     with pytest.raises(FailedPreconditionError, match="pruned already") as caught:
         check_spec(loram_with(**settings), replace(BASE, pruned_from="sha256:" + "a" * 64))
+    assert (caught.value.reason, caught.value.field) == ("METHOD_NOT_FOR_BASE", "spec.method")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pruning": UNSTRUCTURED}, {"pruning": SEMI}, {"same_cut_as": "rows"}, {"ratio": "0", "layers": ""}],
+    ids=str,
+)
+def test_loram_is_refused_for_a_base_of_which_it_is_not_known_what_goes_together(settings: dict[str, Any]) -> None:
+    base = replace(BASE, is_prunable=False, architecture="Gemma3ForCausalLM")
+    if settings.get("ratio") == "0":
+        assert check_spec(loram_with(**settings), base) == "loram", "nothing is pruned"
+        return
+    with pytest.raises(FailedPreconditionError, match="Gemma3ForCausalLM") as caught:
+        check_spec(loram_with(**settings), base)
     assert (caught.value.reason, caught.value.field) == ("METHOD_NOT_FOR_BASE", "spec.method")
 
 

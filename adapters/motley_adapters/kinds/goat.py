@@ -43,7 +43,7 @@ from motley_adapters.kinds.content import KindContent, KindSource
 from motley_adapters.manifest import Manifest, write_manifest
 from motley_adapters.manifest_object import ManifestObject
 from motley_adapters.spec import Part
-from motley_adapters.tensor_file import parse_tensors
+from motley_adapters.tensor_file import parse_metadata, parse_tensors
 
 KIND = "goat"
 
@@ -57,6 +57,7 @@ _SUFFIXES = (".goat_A", ".goat_B", ".goat_router")
 _MAX_RANK = 65536
 _SMALLEST, _LARGEST = 1e-30, 1e30  # what float32 still multiplies without loss or overflow
 _RANK_SOURCE = "motley_manifest.goat resolves"
+_OF_BASE = "motley_base"  # in the metadata of a residual's file: the fingerprint of the base that it was made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,8 @@ def write_goat(
     file = directory / RESIDUAL_FILE if residuals is None else residuals / _residual_name(residual)
     if residuals is None or not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(residual_tensors, file)
+        # Under its digest it is that of any base with the same spectra; beside an adapter it is of the adapter's base.
+        save_file(residual_tensors, file, {_OF_BASE: base.fingerprint} if residuals is None else None)
     fields = {
         "experts": geometry.experts,
         "top_k": geometry.top_k,
@@ -252,6 +254,10 @@ def _check_theory(
 def _read_residual(source: KindSource, digest: str) -> dict[str, Tensor]:
     if has_file(source.directory, RESIDUAL_FILE):
         content = source.read(source.directory, RESIDUAL_FILE, MAX_TENSOR_FILE_BYTES)
+        made_of = parse_metadata(content, file=RESIDUAL_FILE).get(_OF_BASE, source.base.fingerprint)
+        if made_of != source.base.fingerprint:
+            message = f"{RESIDUAL_FILE} was made of {made_of[:100]}, not of {source.base.fingerprint}"
+            raise AdapterMismatchError(message, reason="BASE_MISMATCH", field=RESIDUAL_FILE)
         return parse_tensors(content, file=RESIDUAL_FILE)
     name = _residual_name(digest)
     if source.residuals is None or not has_file(source.residuals, name):

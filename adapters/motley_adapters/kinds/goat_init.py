@@ -120,7 +120,12 @@ def slice_spectrum(weight: Tensor, geometry: GoatGeometry, generator: torch.Gene
 
     Raises: AdapterFormatError with reason INVALID_GEOMETRY.
     """
-    directions = expert_directions(geometry, weight.shape[1], weight.shape[0], generator).flatten().to(weight.device)
+    return take_directions(weight, expert_directions(geometry, weight.shape[1], weight.shape[0], generator))
+
+
+def take_directions(weight: Tensor, directions: Tensor) -> SpectrumSlices:
+    """Decompose a Linear's weight [O, I] in float32 and take singular directions [E, R / E], in their order."""
+    directions = directions.flatten().to(weight.device)
     left, singular_values, right = torch.linalg.svd(weight.detach().to(torch.float32), full_matrices=False)
     return SpectrumSlices(left[:, directions], singular_values[directions], right[directions])
 

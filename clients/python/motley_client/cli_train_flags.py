@@ -80,7 +80,9 @@ class TrainingFlags:
     rank: Annotated[
         int | None, _flag("The rank, of all experts together (8; of loqt a quarter of the hidden size).", RANK, "R")
     ] = None
-    alpha: Annotated[float | None, _flag("The scale, over the rank (twice the rank).", FACTORS, "A")] = None
+    alpha: Annotated[
+        float | None, _flag("The scale, over the rank, of goat an expert's (twice the rank).", FACTORS, "A")
+    ] = None
     target: Annotated[
         list[str] | None, _flag("A Linear, by name or path (all of the layers); may be repeated.", FACTORS, "NAME")
     ] = None
@@ -105,7 +107,8 @@ class TrainingFlags:
     pruning: Annotated[LoramPruning | None, _flag("What goes while it trains (structured).", LORAM)] = None
     ratio: Annotated[str | None, _flag("How much of it goes, as 1/2 or 0.65 (1/2).", LORAM, "X")] = None
     layers: Annotated[
-        str | None, _flag("Prune layers A to B - 1 (all but the first 4 and the last 2).", LORAM, "A:B")
+        str | None,
+        _flag("Prune layers A to B - 1 (all; of whole heads all but the first 4 and the last 2).", LORAM, "A:B"),
     ] = None
     pattern: Annotated[str | None, _flag("Of semi-structured: keep N of every M (4:8).", LORAM, "N:M")] = None
     same_cut_as: Annotated[

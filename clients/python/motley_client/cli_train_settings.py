@@ -72,7 +72,11 @@ def _goat(flags: TrainingFlags) -> GoatSettings:
 
 
 def _loram(flags: TrainingFlags) -> LoramSettings:
-    texts = {name: getattr(flags, name) or "" for name in ("ratio", "layers", "pattern", "same_cut_as")}
+    texts = {name: getattr(flags, name) for name in ("ratio", "layers", "pattern", "same_cut_as")}
+    empty = [f"--{name.replace('_', '-')}" for name, text in texts.items() if text == ""]
+    if empty:
+        raise typer.BadParameter(f"{' and '.join(empty)} says nothing: give it a value, or leave it out")
+    texts = {name: text or "" for name, text in texts.items()}
     return _same(LoramSettings, flags, lora=_lora(flags), alignment=_alignment(flags), **texts)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
+from fractions import Fraction
 from typing import Any
 
 from google.protobuf import json_format
@@ -165,10 +166,20 @@ def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
             message.MergeFrom(checked(field, _of_enum, kind=type(message), name=name, enum=enum, value=value))
         elif (inner := _inner_of(message, name)) is not None:
             _fill_part(getattr(message, name), field, value, inner)
-        elif isinstance(getattr(message, name), str | int | float | Mapping):
+        elif isinstance(getattr(message, name), str):
+            message.MergeFrom(checked(field, type(message), **{name: _text(field, value)}))
+        elif isinstance(getattr(message, name), int | float | Mapping):
             message.MergeFrom(checked(field, type(message), **{name: value}))
         else:
             getattr(message, name).extend(strings(field, value))
+
+
+def _text(field: str, value: object) -> str:
+    """Return a text as it is, and a fraction as it is written."""
+    if not isinstance(value, str | Fraction):
+        hint = "; a ratio is written as '1/2' or '0.65', or given as a Fraction" if field.endswith(".ratio") else ""
+        raise _refusal(f"{value!r} is no text{hint}", field)
+    return str(value)
 
 
 def _of_enum(kind: type[Message], name: str, enum: Mapping[int, Enum], value: object) -> Message:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from fractions import Fraction
 
 
 class TrainingMethod(Enum):
@@ -212,14 +213,14 @@ class LoramAlignment:
 class LoramSettings:
     """Train a LoRA on a pruned copy of the base, for the whole base.
 
-    Semantics: `ratio` is of what goes, written as `1/2` or `0.65`; `layers` are those to prune, written as `A:B`, A to
-    B - 1; `pattern` is for SEMI_STRUCTURED, and `4:8` leaves 4 of every 8. The copy is cut as for the adapter
-    `same_cut_as`, and all these are then left out. Empty texts leave it to the server.
+    Semantics: `ratio` is of what goes, a Fraction or written as `1/2` or `0.65`; `layers` are those to prune, written
+    as `A:B`, A to B - 1; `pattern` is for SEMI_STRUCTURED, and `4:8` leaves 4 of every 8. The copy is cut as for the
+    adapter `same_cut_as`, and all these are then left out. Empty texts leave it to the server.
     """
 
     lora: LoraSettings | None = None
     pruning: LoramPruning | None = None
-    ratio: str = ""
+    ratio: str | Fraction = ""
     layers: str = ""
     pattern: str = ""
     same_cut_as: str = ""

@@ -917,10 +917,12 @@ class LoqtSettings(google.protobuf.message.Message):
     scale: builtins.float
     """What the product of the factors is multiplied by: 0.5 unless set."""
     compensation_steps: builtins.int
-    """Rounds in which a new factor takes up what quantizing loses: 5 unless set; with 0 it begins at zero."""
+    """Rounds in which a new factor takes up what quantizing loses: 5 unless set; with 0 it begins at zero. Not set where
+    `quantization` is `none`, and nothing is lost.
+    """
     schedule: Global___LoqtSchedule.ValueType
     merge_interval: builtins.int
-    """Steps: 100 unless set."""
+    """Steps, at least 2 and fewer than there are in all: unless set 100, or a fifth of all where that is less."""
     growth: builtins.float
     """1.2 unless set for EXPONENTIAL, 100 for LINEAR."""
     decomposition: Global___LoqtDecomposition.ValueType
@@ -1015,7 +1017,7 @@ class LoramSettings(google.protobuf.message.Message):
     ratio: builtins.str
     """Of heads, of channels or of weights that go, such as 1/2 or 0.65: 1/2 unless set."""
     layers: builtins.str
-    """`A:B` prunes layers A to B - 1. Unset: all but the first four and the last two."""
+    """`A:B` prunes layers A to B - 1. Unset: all for UNSTRUCTURED and SEMI_STRUCTURED, else all but the first four and the last two."""
     pattern: builtins.str
     """For SEMI_STRUCTURED: `4:8`, which is also what it is unless set, leaves 4 of every 8."""
     same_cut_as: builtins.str
@@ -1201,7 +1203,9 @@ class TrainingSpec(google.protobuf.message.Message):
     dataset: builtins.str
     """A dataset's digest."""
     quantization: builtins.str
-    """How the base is held in training: `none` or `nf4`. Unset: as it is served."""
+    """How the base is held in training: `none` or `nf4`. Unset: as it is served. LOQT holds the Linears that it trains so,
+    `none` in float32, `nf4` unless set.
+    """
     steps: builtins.int
     epochs: builtins.float
     batch_size: builtins.int
@@ -1463,7 +1467,9 @@ class LoqtMerge(google.protobuf.message.Message):
     step: builtins.int
     """Steps taken before it."""
     digest: builtins.str
-    """`sha256:` and 64 hex digits over all weights as they were right after it."""
+    """`sha256:` and 64 hex digits over all weights as they were right after it, and over the digest of the merge before it:
+    of the first, over the fingerprint of the base, if it is not from scratch.
+    """
     def __init__(
         self,
         *,
@@ -1476,7 +1482,7 @@ Global___LoqtMerge: typing_extensions.TypeAlias = LoqtMerge
 
 @typing.final
 class LoqtMerges(google.protobuf.message.Message):
-    """Since the last report."""
+    """Since the last report. One that may not have been told before its worker died is told again."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -23,6 +23,7 @@ from motley_server.rpc.convert_training import (
     base_of,
     event_from,
     published_to,
+    spec_of,
     text_of,
 )
 
@@ -41,7 +42,6 @@ ENDINGS: Final = (
     JobState.QUEUED,
 )
 
-OF_BASES: Final = ("merges", "base")  # told of jobs that make one
 METHODS_OF_BASES: Final = frozenset(METHODS[number] for number in MAKE_BASES)
 
 _COUNTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -76,6 +76,11 @@ def makes_base(job: JobRecord) -> bool:
     return job.method in METHODS_OF_BASES
 
 
+def trains_by_loqt(job: JobRecord) -> bool:
+    """Tell whether a job merges: one that makes a base does, and one whose pruned copy is aligned so."""
+    return makes_base(job) or spec_of(job.spec).loram.alignment.HasField("loqt")
+
+
 def made_by(job: JobRecord, report: Report) -> str:
     """Return the fingerprint of the base that a job has told of, in this report or before.
 
@@ -100,8 +105,10 @@ def read_report(request: training_pb2.ReportJobRequest, job: JobRecord) -> Repor
     for index, event in enumerate(request.events):
         _check_event(event, f"events[{index}]")
         kind = str(event.WhichOneof("event"))
-        if kind in OF_BASES and not makes_base(job):
-            raise _bad_event(f"a job by {job.method} makes no base", f"events[{index}].{kind}")
+        if kind == "base" and not makes_base(job):
+            raise _bad_event(f"a job by {job.method} makes no base", f"events[{index}].base")
+        if kind == "merges" and not trains_by_loqt(job):
+            raise _bad_event("a job that does not train by loqt merges nothing", f"events[{index}].merges")
         if kind in _COUNTS:
             latest[kind] = text_of(getattr(event, kind))
     events = [event_from(event) for event in request.events]

@@ -45,6 +45,7 @@ class Bounds:
 
 RANK: Final = Bounds(1, MAX_RANK)
 POSITIVE: Final = Bounds(above=0, most=1e30)
+SCALE: Final = Bounds(1e-25, 1e30)  # of GOAT: whatever the rank, an adapter's file may have what it makes
 
 _SHARE: Final = Bounds(0, 1)
 _COUNT: Final = Bounds(1, MAX_STEPS)
@@ -56,7 +57,7 @@ _LOQT: Final = {
     "rank": RANK,
     "scale": POSITIVE,
     "compensation_steps": Bounds(0, MAX_COMPENSATION),
-    "merge_interval": _COUNT,
+    "merge_interval": Bounds(2, MAX_STEPS),  # what begins anew at every step never learns
     "growth": Bounds(0, MAX_GROWTH),
 }
 
@@ -73,9 +74,9 @@ BOUNDS: Final[Mapping[str, Bounds]] = MappingProxyType({
     "goat.rank": RANK,
     "goat.experts": RANK,
     "goat.top_k": RANK,
-    "goat.rho": POSITIVE,
-    "goat.eta": POSITIVE,
-    "goat.alpha": POSITIVE,
+    "goat.rho": SCALE,
+    "goat.eta": SCALE,
+    "goat.alpha": SCALE,
     "goat.balance_loss": _NOT_NEGATIVE,
     "goat.dropout": _BELOW_ONE,
     **{f"loram.lora.{name}": bounds for name, bounds in _LORA.items()},

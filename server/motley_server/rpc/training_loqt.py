@@ -16,7 +16,6 @@ from motley_server.rpc.training_bounds import MAX_GROWTH, Bounds, wrong
 Settings = training_pb2.LoqtSettings
 Sides = tuple[int, int]
 
-RANK_DIVISOR: Final = 4  # of the hidden size: a rank that is not set
 EXPONENTIAL: Final = training_pb2.LOQT_SCHEDULE_EXPONENTIAL
 # By schedule, how it is called, and what it has no use for.
 SCHEDULES: Final[Mapping[int, tuple[str, tuple[str, ...]]]] = {
@@ -33,11 +32,17 @@ GROWTHS: Final[Mapping[int, Bounds]] = {
 
 
 def check_loqt(
-    settings: Settings, base: BaseSpec, field: str = "loqt", sides: Mapping[str, Sides] | None = None
+    settings: Settings,
+    base: BaseSpec,
+    quantization: str,
+    num_steps: int | None,
+    field: str = "loqt",
+    sides: Mapping[str, Sides] | None = None,
 ) -> None:
-    """Refuse a rank that some Linear is too small for, and what the schedule has no use for.
+    """Refuse a rank that some Linear is too small for, what the schedule has no use for, and one that never merges.
 
-    Semantics: `field` is the path of the settings below `spec`. `sides` are those that the Linears have in training, by
+    Semantics: `quantization` is the spec's, empty where it is not set; `num_steps` is None where the data tell how many
+    there are. `field` is the path of the settings below `spec`. `sides` are those that the Linears have in training, by
     path, where that is not the base's own. All Linears of the layers are trained so, lm_head is not.
     Raises: InvalidArgumentError (reason=RANK_TOO_LARGE, OUT_OF_RANGE or SETTING_NOT_USED) with the field below `spec`.
     """
@@ -50,6 +55,12 @@ def check_loqt(
     if settings.HasField("growth") and not (bounds := GROWTHS[schedule]).allow(settings.growth):
         message = f"{settings.growth:g} is not {bounds}, as the schedule {name} takes it"
         raise wrong("OUT_OF_RANGE", f"{field}.growth", message)
+    if quantization == "none" and settings.HasField("compensation_steps"):
+        message = "held without quantizing, weights lose nothing that there would be compensation for"
+        raise wrong("SETTING_NOT_USED", f"{field}.compensation_steps", message)
+    if settings.HasField("merge_interval") and num_steps is not None and settings.merge_interval >= num_steps:
+        message = f"of {num_steps} steps none is left after {settings.merge_interval} to merge: the schedule is never"
+        raise wrong("OUT_OF_RANGE", f"{field}.merge_interval", message)
     _check_rank(settings, base, field, sides or base.linears)
 
 

@@ -26,6 +26,7 @@ Sides = tuple[int, int]
 
 DEFAULT_RATIO: Final = "1/2"
 DEFAULT_PATTERN: Final = "4:8"
+DEFAULT_STEPS: Final = 100  # of an alignment
 # The Linears of a layer that lose outputs with its heads and FFN channels, or inputs.
 PRUNED: Final = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -47,37 +48,38 @@ PRUNINGS: Final[Mapping[int, tuple[str, tuple[str, ...]]]] = {
 }
 CUT: Final = ("pruning", "ratio", "layers", "pattern", "calibration_samples")  # which an adapter may say instead
 
+OF_A_COPY: Final = tuple(name for name in CUT if name != "ratio")
+
 _RATIO: Final = re.compile(r"[0-9]{1,9}/0*[1-9][0-9]{0,8}|[0-9]{0,9}\.?[0-9]{1,9}")
 _PAIR: Final = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 
 
-def check_loram(settings: Settings, base: BaseSpec) -> None:
+def check_loram(settings: Settings, base: BaseSpec, quantization: str) -> None:
     """Refuse what does not go together, a base that cannot be pruned so, and a cut that leaves nothing of it.
 
+    Semantics: `quantization` is the spec's, empty where it is not set.
     Raises: InvalidArgumentError with the field below `spec`; FailedPreconditionError (reason=METHOD_NOT_FOR_BASE).
     """
     pruning = settings.pruning or STRUCTURED
-    _check_idle(settings, pruning)
-    _check_base(base)
+    ratio = _ratio(settings)
+    layers = _layers(settings, base) if settings.layers else None
+    is_whole = not ratio and pruning != SEMI_STRUCTURED and not settings.same_cut_as
+    _check_idle(settings, pruning, is_whole)
+    _check_base(base, is_whole)
     sides: Mapping[str, Sides] = base.linears
     if settings.same_cut_as:
         read_reference(settings.same_cut_as, "spec.loram.same_cut_as")
     elif pruning == SEMI_STRUCTURED:
-        _check_pattern(settings, base, _layers(settings, base))
-    elif ratio := _ratio(settings):
-        layers = _layers(settings, base)
-        if pruning in (STRUCTURED, RANDOM):
-            sides = _pruned_sides(ratio, base, layers)
-    elif settings.HasField("alignment"):
-        message = "alignment makes up for what was pruned, and a ratio of 0 prunes nothing"
-        raise wrong("SETTING_NOT_USED", "loram.alignment", message)
+        _check_pattern(settings, base, layers or _layers(settings, base))
+    elif pruning in (STRUCTURED, RANDOM) and not is_whole:
+        sides = _pruned_sides(ratio, base, layers or _layers(settings, base))
     check_targets(settings.lora, base, "loram.lora", sides)
     if settings.alignment.HasField("loqt"):
-        _check_alignment(settings.alignment.loqt, pruning, base, sides)
+        _check_alignment(settings.alignment, pruning, base, quantization, sides)
 
 
 def _check_alignment(
-    settings: training_pb2.LoqtSettings, pruning: int, base: BaseSpec, sides: Mapping[str, Sides]
+    settings: training_pb2.LoramAlignment, pruning: int, base: BaseSpec, quantization: str, sides: Mapping[str, Sides]
 ) -> None:
     """Refuse to align by LoQT what must keep its zeros, and to begin anywhere but at the pruned copy."""
     if pruning in ZEROING:
@@ -86,27 +88,35 @@ def _check_alignment(
             "prune heads and channels"
         )
         raise wrong("LOQT_FILLS_ZEROS", "loram.alignment.loqt", message)
-    if settings.start:
+    if settings.loqt.start:
         message = "alignment goes on from the pruned copy: leave start out"
         raise wrong("SETTING_NOT_USED", "loram.alignment.loqt.start", message)
-    check_loqt(settings, base, "loram.alignment.loqt", sides)
+    num_steps = settings.steps if settings.HasField("steps") else DEFAULT_STEPS
+    check_loqt(settings.loqt, base, quantization, num_steps, "loram.alignment.loqt", sides)
 
 
-def _check_idle(settings: Settings, pruning: int) -> None:
+def _check_idle(settings: Settings, pruning: int, is_whole: bool) -> None:
     """Refuse what nothing would be done with."""
     name, idle = PRUNINGS[pruning]
     who = f"the pruning {name}"
     if settings.same_cut_as:
         idle, who = CUT, "a cut that is another adapter's"
+    elif is_whole:
+        idle, who = OF_A_COPY, "a ratio of 0, which prunes nothing,"
+        if settings.HasField("alignment"):
+            message = "alignment makes up for what was pruned, and a ratio of 0 prunes nothing"
+            raise wrong("SETTING_NOT_USED", "loram.alignment", message)
     for field in idle:
         if getattr(settings, field):  # a number that was set is above 0
             raise wrong("SETTING_NOT_USED", f"loram.{field}", f"{who} has no use for {field}")
 
 
-def _check_base(base: BaseSpec) -> None:
+def _check_base(base: BaseSpec, is_whole: bool) -> None:
     paths = (_path(layer, name) for layer in range(len(base.layers)) for name in PRUNED)
     missing = next((path for path in paths if path not in base.linears), None)
     problem = missing and f"Linears named as in Llama are pruned, and {base.name} has no {missing}"
+    if not (base.is_prunable or is_whole):
+        problem = f"which channels of a {base.architecture} go together is not known"
     if base.pruned_from is not None:
         problem = f"{base.name} is pruned already"
     if problem is not None:
@@ -117,6 +127,8 @@ def _check_base(base: BaseSpec) -> None:
 def _layers(settings: Settings, base: BaseSpec) -> range:
     """Return the layers that are pruned."""
     num_layers = len(base.layers)
+    if not settings.layers and settings.pruning in ZEROING:
+        return range(num_layers)
     if not settings.layers:
         layers = PruneRule(Fraction(0)).pruned_layers(num_layers)
         if not layers:

@@ -99,9 +99,9 @@ def _check_settings(spec: Spec, method: str, base: BaseSpec) -> None:
         case "goat":
             check_goat(spec.goat, base)
         case "loram":
-            check_loram(spec.loram, base)
+            check_loram(spec.loram, base, spec.quantization)
         case "loqt":
-            check_loqt(spec.loqt, base)
+            check_loqt(spec.loqt, base, spec.quantization, spec.steps if spec.HasField("steps") else None)
 
 
 def _check_length(spec: Spec, base: BaseSpec) -> None:

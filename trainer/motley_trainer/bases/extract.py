@@ -7,11 +7,10 @@ calling thread.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from motley_adapters.kinds.lora import KIND
@@ -27,11 +26,11 @@ from motley_bases.spec import BaseSpec
 from torch import Tensor
 
 from motley_trainer.bases.stored_tensors import StoredTensors
-from motley_trainer.errors import UnsuitableBaseError
+from motley_trainer.errors import SettingsError, UnsuitableBaseError
+from motley_trainer.files.loqt_manifest import read_loqt_manifest
 from motley_trainer.files.outputs import new_directory
 from motley_trainer.methods.targets import check_rank
 
-MANIFEST_FILE = "loqt_manifest.json"
 SHOWN_NAMES = 5
 CPU = torch.device("cpu")
 
@@ -50,8 +49,9 @@ class Watcher(Protocol):
 class Extraction:
     """What to extract.
 
-    Semantics: `min_energy` is the least share of the difference's energy, over all Linears together, that must be kept;
-    with `linears_only` what cannot be kept at all is left out, else it is refused.
+    Semantics: `min_energy` is the least share of the whole difference's energy that must be kept; with `linears_only`
+    what cannot be kept at all is left out, and counts as lost, else it is refused.
+    Raises: SettingsError with reason BAD_MIN_ENERGY.
     """
 
     rank: int
@@ -59,19 +59,26 @@ class Extraction:
     linears_only: bool = False
     device: torch.device = CPU
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_energy <= 1:  # nor NaN
+            message = f"{self.min_energy:g} is no share: it is a number from 0 to 1"
+            raise SettingsError(message, reason="BAD_MIN_ENERGY", field="min_energy")
+
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
     """What was written, and what of the difference it has.
 
-    Semantics: energies are shares of the squared norm of a Linear's difference, by path, and in `energy` of all
-    together; a Linear that did not change is not among them. `left_out` names tensors that changed and are no Linear's.
+    Semantics: energies are shares of the squared norm of a difference: of each Linear that changed by path, in
+    `energy_of_linears` of those together, and in `energy` of all that changed. `left_out` names tensors that changed
+    and are no Linear's: of theirs nothing is kept.
     """
 
     directory: Path
     digest: str
     base: BaseSpec
     energy: float
+    energy_of_linears: float
     energies: Mapping[str, float]
     left_out: tuple[str, ...]
 
@@ -81,9 +88,9 @@ def extract_lora(trained: str, original: str, asked: Extraction, out: Path, watc
 
     Semantics: both are as `--base` says them.
     Effects: writes `out`, whole or not at all.
-    Raises: BaseError for a base that cannot be used; UnsuitableBaseError with reason ALREADY_QUANTIZED, OTHER_SHAPES,
-    OTHER_ORIGINAL, OTHERS_CHANGED, NOTHING_CHANGED or ENERGY_TOO_LOW; SettingsError with reason RANK_TOO_LARGE;
-    OutputError.
+    Raises: BaseError for a base that cannot be used, or whose manifest cannot; UnsuitableBaseError with reason
+    ALREADY_QUANTIZED, OTHER_SHAPES, OTHER_MANIFEST, OTHER_ORIGINAL, NOT_FINITE, OTHERS_CHANGED, NOTHING_CHANGED
+    or ENERGY_TOO_LOW; SettingsError with reason RANK_TOO_LARGE; OutputError.
     """
     after, before = resolve_base(trained), resolve_base(original)
     with new_directory(out) as aside:
@@ -91,32 +98,41 @@ def extract_lora(trained: str, original: str, asked: Extraction, out: Path, watc
         for directory in (before, after):
             _check_stored(directory)
         spec = load_plain_base(before, dtype="auto", device=CPU).spec  # of it alone: weights are read one by one
-        _check_origin(after, spec)
+        made = fingerprint(after)
+        _check_origin(after, made, spec)
         new, old = (StoredTensors(directory, tied_embeddings=spec.tied_embeddings) for directory in (after, before))
         linears = {f"{path}.weight": path for path in spec.linears if path != spec.lm_head_path}
         _check_shapes(new, old)
         for path in linears.values():
             check_rank(asked.rank, path, spec, "rank")
-        left_out = tuple(name for name in sorted(old) if name not in linears and not _is_same(new, old, name))
-        if left_out and not asked.linears_only:
-            raise _others_changed(left_out)
+        lost = _changed(new, old, [name for name in sorted(old) if name not in linears], asked.device)
+        if lost and not asked.linears_only:
+            raise _others_changed(tuple(lost))
         watcher.begin("taking differences apart", len(linears))
-        pairs, energies, energy = _decompose(new, old, linears, asked, watcher)
-        if energy < asked.min_energy:
-            message = (
-                f"rank {asked.rank} keeps {energy:.2%} of the difference's energy, less than {asked.min_energy:.2%}: "
-                "raise the rank, or lower the least energy, knowing what is lost"
-            )
-            raise UnsuitableBaseError(message, reason="ENERGY_TOO_LOW", field="rank")
+        pairs, shares = _decompose(new, old, linears, asked, watcher)
+        kept, there = (sum(one) for one in zip(*shares.values(), strict=True))
+        energy, of_linears = kept / (there + sum(lost.values())), kept / there
+        _check_energy(energy, of_linears, asked)
+        energies = {path: kept / there for path, (kept, there) in shares.items()}
         provenance = {
-            "extracted_from": fingerprint(after),
+            "extracted_from": made,
             "rank": asked.rank,
             "energy_kept": energy,
+            "energy_kept_of_linears": of_linears,
             "energy_kept_by_module": energies,
-            "left_out": list(left_out),
+            "left_out": list(lost),
         }
         digest = _write(aside, pairs, spec, provenance)
-    return Extracted(out, digest, spec, energy, energies, left_out)
+    return Extracted(out, digest, spec, energy, of_linears, energies, tuple(lost))
+
+
+def _check_energy(energy: float, of_linears: float, asked: Extraction) -> None:
+    if energy < asked.min_energy:
+        message = (
+            f"rank {asked.rank} keeps {energy:.2%} of the difference's energy, and {of_linears:.2%} of the Linears', "
+            f"less than {asked.min_energy:.2%}: raise the rank, or lower the least energy, knowing what is lost"
+        )
+        raise UnsuitableBaseError(message, reason="ENERGY_TOO_LOW", field="rank")
 
 
 def _check_stored(directory: Path) -> None:
@@ -127,18 +143,19 @@ def _check_stored(directory: Path) -> None:
         raise UnsuitableBaseError(message, reason="ALREADY_QUANTIZED", field=CONFIG_FIELD)
 
 
-def _check_origin(after: Path, original: BaseSpec) -> None:
-    """Refuse another original than the one that a base says it was trained from."""
-    try:
-        manifest: dict[str, Any] = json.loads((after / MANIFEST_FILE).read_bytes())
-    except FileNotFoundError:  # not made by a job here: any original of these shapes may be its own
+def _check_origin(after: Path, made: str, original: BaseSpec) -> None:
+    """Refuse a manifest of other weights, and another original than the one that a base says it was trained from."""
+    manifest = read_loqt_manifest(after)
+    if manifest is None:  # not made by a job here: any original of these shapes may be its own
         return
-    told = manifest.get("original_fingerprint")
+    if manifest.fingerprint != made:
+        message = f"loqt_manifest.json is that of {manifest.fingerprint}, and {after.name} is {made}"
+        raise UnsuitableBaseError(message, reason="OTHER_MANIFEST", field="loqt_manifest.fingerprint")
+    told = manifest.original_fingerprint
     if told != original.fingerprint:
         origin = "from scratch" if told is None else f"from {told}"
         message = f"{after.name} was trained {origin}, and not from {original.name}, which is {original.fingerprint}"
-        field = f"{MANIFEST_FILE.removesuffix('.json')}.original_fingerprint"
-        raise UnsuitableBaseError(message, reason="OTHER_ORIGINAL", field=field)
+        raise UnsuitableBaseError(message, reason="OTHER_ORIGINAL", field="loqt_manifest.original_fingerprint")
 
 
 def _check_shapes(new: StoredTensors, old: StoredTensors) -> None:
@@ -149,32 +166,44 @@ def _check_shapes(new: StoredTensors, old: StoredTensors) -> None:
         raise UnsuitableBaseError(message, reason="OTHER_SHAPES", field=names[0])
 
 
-def _is_same(new: StoredTensors, old: StoredTensors, name: str) -> bool:
-    return torch.equal(new.read(name), old.read(name))
+def _difference(new: StoredTensors, old: StoredTensors, name: str, device: torch.device) -> Tensor:
+    """Return what was added to a tensor.
+
+    Raises: UnsuitableBaseError with reason NOT_FINITE.
+    """
+    after, before = (tensors.read(name).to(device, torch.float32) for tensors in (new, old))
+    delta = after - before
+    if not bool(delta.isfinite().all()):
+        message = f"{name} has values that are not finite, or too far apart: what was added is no number"
+        raise UnsuitableBaseError(message, reason="NOT_FINITE", field=name)
+    return delta
+
+
+def _changed(new: StoredTensors, old: StoredTensors, names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Return the energy of what was added, by tensor, of those that changed."""
+    energies = {name: float(_difference(new, old, name, device).double().square().sum()) for name in names}
+    return {name: energy for name, energy in energies.items() if energy}
 
 
 def _decompose(
     new: StoredTensors, old: StoredTensors, linears: Mapping[str, str], asked: Extraction, watcher: Watcher
-) -> tuple[dict[str, LoraPair], dict[str, float], float]:
-    """Return the factors of each Linear that changed, the share of energy that they keep, and that of all together."""
+) -> tuple[dict[str, LoraPair], dict[str, tuple[float, float]]]:
+    """Return the factors of each Linear that changed, and the energy that they keep with that of all there is."""
     pairs: dict[str, LoraPair] = {}
-    energies: dict[str, float] = {}
-    all_kept = all_there = 0.0
+    shares: dict[str, tuple[float, float]] = {}
     for name, path in linears.items():
-        delta = new.read(name).to(asked.device, torch.float32) - old.read(name).to(asked.device, torch.float32)
+        delta = _difference(new, old, name, asked.device)
         if bool(delta.any()):
-            pairs[path], kept, there = _truncated(delta, asked.rank)
-            energies[path] = kept / there
-            all_kept, all_there = all_kept + kept, all_there + there
+            pairs[path], shares[path] = _truncated(delta, asked.rank)
         watcher.advance()
     if not pairs:
         message = "no Linear of the layers differs between the two bases: there is nothing to extract"
         raise UnsuitableBaseError(message, reason="NOTHING_CHANGED", field="from")
-    return pairs, energies, all_kept / all_there
+    return pairs, shares
 
 
-def _truncated(delta: Tensor, rank: int) -> tuple[LoraPair, float, float]:
-    """Return the best factors of a rank, the energy that they have, and that of all.
+def _truncated(delta: Tensor, rank: int) -> tuple[LoraPair, tuple[float, float]]:
+    """Return the best factors of a rank, and the energy that they have with that of all.
 
     Shapes: delta [O, I].
     """
@@ -182,7 +211,7 @@ def _truncated(delta: Tensor, rank: int) -> tuple[LoraPair, float, float]:
     squares = values.double().square()
     roots = values[:rank].sqrt()
     pair = LoraPair(roots[:, None] * right[:rank], left[:, :rank] * roots)
-    return pair, float(squares[:rank].sum()), float(squares.sum())
+    return pair, (float(squares[:rank].sum()), float(squares.sum()))
 
 
 def _write(directory: Path, pairs: Mapping[str, LoraPair], spec: BaseSpec, provenance: Mapping[str, object]) -> str:

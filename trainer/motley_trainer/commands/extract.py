@@ -46,7 +46,7 @@ def _lines(found: Extracted) -> list[str]:
     base = found.base
     lines = [
         f"{found.directory}: {found.digest}, serves on {base.name} ({base.fingerprint})",
-        f"energy of the difference that was kept: {found.energy:.2%}",
+        f"energy of the difference that was kept: {found.energy:.2%}, of the Linears': {found.energy_of_linears:.2%}",
         *(f"  {path}: {energy:.2%}" for path, energy in found.energies.items()),
     ]
     if found.left_out:
@@ -60,6 +60,7 @@ def _json(found: Extracted) -> dict[str, object]:
         "digest": found.digest,
         "serves_on": found.base.fingerprint,
         "energy_kept": found.energy,
+        "energy_kept_of_linears": found.energy_of_linears,
         "energy_kept_by_module": dict(found.energies),
         "left_out": list(found.left_out),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,8 @@ class Sample:
     """One line's tokens.
 
     Semantics: tokens [start, end) of each learned span are learned. `answer_start` is where the last answer begins,
-    which is all that follows; None if the sample does not end with an answer, or has lost a part of it.
+    which is all that follows; None if the sample does not end with an answer, or has lost a part of it. `text` is the
+    SHA-256 of the whole passage, also where the sample was cut; empty for what was not read from one.
     """
 
     line: int
@@ -36,6 +37,7 @@ class Sample:
     learned: tuple[tuple[int, int], ...]
     answer_start: int | None = None
     is_truncated: bool = False
+    text: bytes = b""
 
     @property
     def num_learned(self) -> int:
@@ -108,13 +110,19 @@ def encode(passage: Passage, tokenizer: PreTrainedTokenizerBase) -> Sample:
             ids.append(int(tokenizer.eos_token_id))
         learned[-1] = (learned[-1][0], len(ids))
     ends_with_answer = passage.answers and learned[-1][1] == len(ids) and learned[-1][0] > 0
-    return Sample(passage.line, array("i", ids), tuple(learned), learned[-1][0] if ends_with_answer else None)
+    answer_start = learned[-1][0] if ends_with_answer else None
+    return Sample(passage.line, array("i", ids), tuple(learned), answer_start, text=text_digest(passage))
+
+
+def text_digest(passage: Passage) -> bytes:
+    """Return the same for passages of the same text, whatever of it is learned."""
+    return hashlib.sha256(passage.text.encode("utf-8", "surrogatepass")).digest()
 
 
 def truncate(sample: Sample, max_length: int) -> Sample:
     """Cut a sample at its end."""
     learned = tuple((start, min(end, max_length)) for start, end in sample.learned if start < max_length)
-    return Sample(sample.line, sample.tokens[:max_length], learned, None, is_truncated=True)
+    return replace(sample, tokens=sample.tokens[:max_length], learned=learned, answer_start=None, is_truncated=True)
 
 
 def _encode_at(

@@ -60,32 +60,39 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def move_folder(source: Path, target: Path) -> None:
-    """Put a folder of files in the place of `target`, by one rename, or over file systems as a copy that appears whole.
+def rename_folder(source: Path, target: Path) -> bool:
+    """Put a folder to where nothing is, by one rename, and return False if that is on another file system.
 
-    Effects: a folder that was at `target` is gone. After a rename `source` is gone too; a copy leaves it there. What
-    was interrupted leaves `source` whole until `target` is.
-    Raises: OutputError with reason DISK_FULL or OUTPUT_UNWRITABLE.
+    Raises: OSError.
     """
-    with told_as_output_error(target):
-        shutil.rmtree(target, ignore_errors=True)  # worth less than what comes, as above
-        try:
-            os.rename(source, target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            is_far = True
-        else:
-            is_far = False
-            _make_safe(target.parent)
-            _make_safe(source.parent)
-    if is_far:
-        write_folder(target, lambda aside: _copy_files(source, aside))
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            return False
+        raise
+    _make_safe(target.parent)
+    _make_safe(source.parent)
+    return True
 
 
-def _copy_files(source: Path, target: Path) -> None:
-    for path in sorted(source.iterdir()):
-        shutil.copyfile(path, target / path.name)
+def copy_folder(source: Path, target: Path, check: Callable[[], None]) -> None:
+    """Copy a folder of files to where nothing is, and make it safe.
+
+    Semantics: `check` is called before each file, and ends the copying by raising.
+    Effects: what cannot be finished leaves nothing behind.
+    Raises: OSError, and what `check` raises.
+    """
+    try:
+        target.mkdir()
+        for path in sorted(source.iterdir()):
+            check()
+            shutil.copyfile(path, target / path.name)
+            _make_safe(target / path.name)
+        _make_safe(target)
+    except Exception:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 def write_json(target: Path, value: Mapping[str, object]) -> None:

@@ -93,7 +93,15 @@ class AdapterJob:
             return [batch.to(self._bench.device) for batch in batches_of(samples, self._spec.micro_batch_size)]
 
         bench = self._bench
-        context = Context(base.spec, self._spec.seed, calibration, bench.files.adapters(), copy, bench.reporter.part)
+        context = Context(
+            base.spec,
+            self._spec.seed,
+            calibration,
+            bench.files.adapters(),
+            copy,
+            bench.reporter.part,
+            bench.request.spectra,
+        )
         buffers = None if resumed is None else buffers_of(resumed)
         return method_of(self._spec).attach(base.model, context, buffers)
 

@@ -9,7 +9,8 @@ Source: LoRAM, arXiv:2502.13533, section 3.2.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motley_trainer.data.batches import Batch
 from motley_trainer.data.lines import Passage, read_passages
-from motley_trainer.data.samples import Sample, encode
+from motley_trainer.data.samples import Sample, encode, text_digest
 from motley_trainer.data.training_data import DEFAULT_MAX_LENGTH, DataReport, TrainingData
-from motley_trainer.errors import DataError
+from motley_trainer.errors import DataError, TrainerError
 from motley_trainer.job.checkpoint import Checkpoints
 from motley_trainer.job.loop import Training, train
 from motley_trainer.job.reporting import Reporter
@@ -38,6 +39,10 @@ from motley_trainer.spec.settings import (
 )
 
 FIELD = "loram.alignment.dataset"
+FIELDS = {  # of a training's spec, by those of a spec that aligns
+    "optimizer.learning_rate": "loram.alignment.learning_rate",
+    "loqt.optimizer": "loram.alignment.loqt.optimizer",
+}
 WARMUP_SHARE = 10  # one step in so many
 
 
@@ -46,13 +51,15 @@ class Alignment:
     """What an engine is given.
 
     Semantics: the model is the copy in float32, all frozen and in evaluation mode. The spec says how many steps, of how
-    many windows, at which rates; the data are the windows. Where `keeps_zeros`, a weight that is zero stays zero.
+    many windows, at which rates; the data are the windows. In the parameters that `pruned` names what is zero stays so.
+    `fingerprint` is the copy's, None where nobody asks for it.
     """
 
     model: PreTrainedModel
     spec: TrainingSpec
     data: TrainingData
-    keeps_zeros: bool
+    pruned: Collection[str] = ()
+    fingerprint: str | None = None
 
 
 class AlignmentEngine(Protocol):
@@ -76,22 +83,22 @@ class FullRank:
 
     def align(self, alignment: Alignment, checkpoints: Checkpoints, reporter: Reporter) -> float:
         """Take the steps of the loop with all weights."""
-        weights = AllWeights(alignment.model, keeps_zeros=alignment.keeps_zeros)
+        weights = AllWeights(alignment.model, alignment.pruned)
         training = Training(alignment.model, weights, alignment.spec, alignment.data)
         return train(training, checkpoints, checkpoints.latest(), reporter).loss
 
 
 class AllWeights:
-    """All weights of a model but those that give the logits, which a tied embedding's are too."""
+    """All weights of a model; those that give the logits, which a tied embedding's are too, where `trains_output`."""
 
-    def __init__(self, model: PreTrainedModel, *, keeps_zeros: bool) -> None:
-        output = model.get_output_embeddings().weight
+    def __init__(self, model: PreTrainedModel, pruned: Collection[str] = (), *, trains_output: bool = False) -> None:
+        output = None if trains_output else model.get_output_embeddings().weight
         self.parameters: Mapping[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter is not output
         }
-        for parameter in self.parameters.values():
+        for name, parameter in self.parameters.items():
             parameter.requires_grad_()
-            if keeps_zeros and not bool(parameter.all()):
+            if name in pruned:
                 # Without a gradient there is no moment either, and so no step.
                 parameter.register_hook(_Masked(parameter != 0))
 
@@ -133,6 +140,17 @@ def alignment_spec(spec: TrainingSpec, asked: LoramAlignment) -> TrainingSpec:
     )
 
 
+@contextmanager
+def naming_alignment() -> Iterator[None]:
+    """Have errors of an alignment name the fields that ask for it, and not those of the training after it."""
+    try:
+        yield
+    except TrainerError as error:
+        if error.field not in FIELDS:
+            raise
+        raise type(error)(error.message, reason=error.reason, field=FIELDS[error.field]) from error
+
+
 def read_alignment(
     folder: Path,
     spec: TrainingSpec,
@@ -144,7 +162,8 @@ def read_alignment(
 ) -> TrainingData:
     """Read the text that a spec's alignment names, as windows of the job's `max_length`.
 
-    Semantics: lines that are held out to measure by are left out. `on_line` is called as `read_data` does.
+    Semantics: lines are left out whose text is that of a sample held out to measure by, prompt and completion as one,
+    and as it was before it was cut. `on_line` is called as `read_data` does.
     Raises: DataError with reason NOT_PLAIN_TEXT, or TOO_LITTLE_DATA if one step takes more; otherwise as
     `read_passages` does.
     """
@@ -154,9 +173,9 @@ def read_alignment(
     window = min(DEFAULT_MAX_LENGTH, context_length) if spec.max_length is None else spec.max_length
     path = folder / f"{asked.dataset.removeprefix('sha256:')}.jsonl"
     passages = _plain(read_passages(path, asked.dataset, tokenizer, FIELD, on_line=partial(on_line, FIELD)))
-    kept_back = {sample.content for sample in held_out}
-    samples = (encode(passage, tokenizer) for passage in passages)
-    windows = cut_samples((sample for sample in samples if sample.content not in kept_back), window).windows
+    kept_back = {sample.text for sample in held_out}
+    samples = (encode(passage, tokenizer) for passage in passages if text_digest(passage) not in kept_back)
+    windows = cut_samples(samples, window).windows
     if windows.shape[1] < window or len(windows) < asked.batch_size:
         num_tokens = windows.numel()
         message = (

@@ -37,7 +37,7 @@ class LoqtAlignment:
         paths = [path for path, linear in linears.items() if linear is not output]
         del linears  # which are let go of one by one
         resumed = checkpoints.latest()
-        method = Loqt(self.settings, self.quantization, FIELD, trains_output=False)
+        method = Loqt(self.settings, self.quantization, alignment.fingerprint, FIELD, trains_output=False)
         buffers = None if resumed is None else buffers_of(resumed)
         attached = method.attach(model, paths, alignment.data.num_steps(spec), buffers)
         last = train(Training(model, attached, spec, alignment.data, attached), checkpoints, resumed, reporter)

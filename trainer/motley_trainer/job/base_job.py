@@ -17,15 +17,18 @@ from torch import nn
 
 from motley_trainer.data.training_data import TrainingData
 from motley_trainer.errors import SettingsError, UnsuitableBaseError
+from motley_trainer.files.loqt_manifest import read_loqt_manifest
 from motley_trainer.job.captured import buffers_of
 from motley_trainer.job.checkpoint import Checkpoint
 from motley_trainer.job.drawn_base import write_drawn
 from motley_trainer.job.evaluation import Evaluation
 from motley_trainer.job.loop import Training, train
-from motley_trainer.job.made_base import TrainedBase, keep_base, write_weights
+from motley_trainer.job.made_base import TrainedBase, chain_of, keep_base, write_weights
 from motley_trainer.job.stages import Stage, Stages
 from motley_trainer.job.workbench import Workbench
 from motley_trainer.methods.loqt import Loqt, merges_to_json
+from motley_trainer.methods.loqt_schedule import check_interval
+from motley_trainer.spec.reading import digest_of
 from motley_trainer.spec.settings import LoqtSettings, LoqtStart
 
 CPU = torch.device("cpu")
@@ -56,7 +59,7 @@ class BaseJob:
         made = keep_base(
             bench.files.base,
             trained,
-            original_fingerprint=facts["original_fingerprint"],
+            chain=facts["chain"],
             merges=facts["merges"],
             provenance={
                 **bench.provenance(Checkpoint(facts["steps"], facts["last_loss"], {}), evaluation),
@@ -70,6 +73,7 @@ class BaseJob:
         """Read the data, and refuse what can be refused before a weight is read."""
         bench = self._bench
         data = bench.read_data()
+        check_interval(self._settings, data.num_steps(bench.spec), "loqt")
         config = read_parsed_config(bench.request.base)
         stored = stored_quantization(getattr(config, CONFIG_FIELD, None))
         if stored != NONE:
@@ -81,6 +85,8 @@ class BaseJob:
         if self._settings.start is LoqtStart.SCRATCH and is_pruned(config):
             message = "the base is a pruned one, which keeps parts of its original: from scratch nothing of it is kept"
             raise UnsuitableBaseError(message, reason="ALREADY_PRUNED", field="loqt.start")
+        if self._settings.start is LoqtStart.BASE:
+            read_loqt_manifest(bench.request.base)  # what the new one's is to go on from
         bench.reporter.tell("data", data.report.to_json())
         return data
 
@@ -101,17 +107,18 @@ class BaseJob:
     def _train(self, stages: Stages, origin: Path, data: TrainingData) -> Stage:
         bench = self._bench
         base = bench.held.hold(origin, NONE)  # whole, until the first step has quantized it
-        checkpoints = bench.checkpoints_of(base)
+        checkpoints = bench.checkpoints_of(base, {"loqt.schedule": self._schedule})
         resumed = bench.resumed(checkpoints)
         bench.reporter.stage("training")
-        method = Loqt(self._settings, bench.request.trained_quantization)
+        chain = self._chain(base)
+        method = Loqt(self._settings, bench.request.trained_quantization, chain[-1] if chain else None)
         paths = [path for path in base.spec.linears if path != base.spec.lm_head_path]
         num_steps = data.num_steps(bench.spec)
         attached = method.attach(base.model, paths, num_steps, None if resumed is None else buffers_of(resumed))
         training = Training(base.model, attached, bench.spec, data, attached)
         last = train(training, checkpoints, resumed, bench.reporter)
         told: dict[str, object] = {
-            "original_fingerprint": self._original_fingerprint(base),
+            "chain": chain,
             "merges": merges_to_json(attached.merges),
             "steps": last.step,
             "last_loss": last.loss,
@@ -125,5 +132,14 @@ class BaseJob:
 
         return stages.write("trained", fill)
 
-    def _original_fingerprint(self, base: PlainBase) -> str | None:
-        return base.spec.fingerprint if self._settings.start is LoqtStart.BASE else None
+    def _chain(self, base: PlainBase) -> tuple[str, ...]:
+        """Return the fingerprints of what is trained here and of all before it, none from scratch."""
+        if self._settings.start is LoqtStart.SCRATCH:
+            return ()
+        return chain_of(self._bench.request.base, base.spec.fingerprint)
+
+    @property
+    def _schedule(self) -> str:
+        """Return a digest of what says when there is a merge."""
+        settings = self._settings
+        return digest_of([settings.schedule, settings.merge_interval, settings.growth])

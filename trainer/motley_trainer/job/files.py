@@ -30,7 +30,8 @@ DEVICES = ("cpu", "cuda")
 class JobRequest:
     """What a job is asked.
 
-    Semantics: `base` is a checkpoint's directory; `served_quantization` is how a server holds it.
+    Semantics: `base` is a checkpoint's directory; `served_quantization` is how a server holds it. `spectra` is a
+    directory in which spectra of its weights are kept over jobs, None where nobody keeps them.
     """
 
     job_id: str
@@ -40,6 +41,7 @@ class JobRequest:
     dtype: str
     served_quantization: str
     device: str
+    spectra: Path | None = None
 
     @property
     def trained_quantization(self) -> str:
@@ -95,6 +97,7 @@ class JobFiles:
             dtype=fields.one_of("dtype", DTYPES),
             served_quantization=fields.one_of("served_quantization", QUANTIZATIONS),
             device=fields.one_of("device", DEVICES),
+            spectra=Path(fields.text("spectra")) if "spectra" in fields else None,
         )
         fields.end()
         return request

@@ -51,6 +51,7 @@ def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | No
     if resumed is not None:
         restore(training.attached, resumed.tensors)
         restore_moments(training.attached, optimizer, resumed.tensors)
+        _report(training.attached, reporter)  # what a run that ended right after it was saved has not told
     set_training(training.model, training.attached, True)
     reporter.begin_steps()
     for step in range(0 if resumed is None else resumed.step, num_steps):
@@ -63,13 +64,17 @@ def train(training: Training, checkpoints: Checkpoints, resumed: Checkpoint | No
             checkpoints.save(resumed)
             reporter.flush()
             reporter.tell("checkpoint_step", told.step)
-            for name, body in training.attached.report().items():
-                reporter.tell(name, body)
+            _report(training.attached, reporter)
         if is_stopping:
             raise JobCancelledError
     assert resumed is not None  # there is one step at least
     set_training(training.model, training.attached, False)
     return resumed
+
+
+def _report(attached: Trained, reporter: Reporter) -> None:
+    for name, body in attached.report().items():
+        reporter.tell(name, body)
 
 
 def _take_step(

@@ -21,20 +21,29 @@ from motley_bases.stored_spec import read_spec as read_base_spec
 from transformers import PreTrainedModel
 
 from motley_trainer.data.training_data import TrainingData
-from motley_trainer.job.alignment import Alignment, AlignmentEngine, FullRank, alignment_spec, read_alignment
-from motley_trainer.job.alignment_loqt import LoqtAlignment
+from motley_trainer.job.alignment import (
+    Alignment,
+    AlignmentEngine,
+    FullRank,
+    alignment_spec,
+    naming_alignment,
+    read_alignment,
+)
+from motley_trainer.job.alignment_loqt import FIELD, LoqtAlignment
 from motley_trainer.job.base import load_job_base
 from motley_trainer.job.checkpoint import Checkpoints
 from motley_trainer.job.files import JobFiles, JobRequest
 from motley_trainer.job.reporting import Reporter
 from motley_trainer.job.same_cut import read_same_cut
 from motley_trainer.job.stages import Stage, Stages
+from motley_trainer.methods.loqt_schedule import check_interval
 from motley_trainer.methods.loram import Loram
 from motley_trainer.methods.loram_copy import PrunedCopy
 from motley_trainer.pruning.dense_copy import write_dense
 from motley_trainer.pruning.loram import CopyOrder, make_copy
 from motley_trainer.pruning.loram_checks import check_copy, needs_calibration, takes_copy
 from motley_trainer.pruning.sample_windows import SampleWindows, cut_samples
+from motley_trainer.pruning.sparse_gpt import linears_of
 from motley_trainer.pruning.written import write_pruned
 from motley_trainer.spec.settings import LoramAlignment, LoramSettings, derived_seed
 
@@ -76,9 +85,12 @@ class LoramCopy:
         """
         config = read_parsed_config(self._request.base)
         check_copy(self._settings, config)
+        alignment = self._settings.alignment
+        if alignment is not None and alignment.loqt is not None:
+            check_interval(alignment.loqt, alignment.steps, FIELD)
         if self._settings.same_cut_as is not None:
             self._cut = read_same_cut(self._files.adapters(), self._request.base)
-        if self._settings.alignment is not None:
+        if alignment is not None:
             tokenizer = load_tokenizer(self._request.base)
             spec = self._request.spec
             self._text = read_alignment(
@@ -139,11 +151,13 @@ class LoramCopy:
             pruned.directory, name=self._request.base_name, dtype="float32", device=self._device, quantization=NONE
         )
         binding = {**self._binding, "copy": pruned.facts["fingerprint"], "dataset": asked.dataset}
+        spec = alignment_spec(self._request.spec, asked)
         alignment = Alignment(
-            base.model, alignment_spec(self._request.spec, asked), self._text, not pruned.facts["is_smaller"]
+            base.model, spec, self._text, _set_to_zero(base.model, pruned), pruned.facts["fingerprint"]
         )
         checkpoints = Checkpoints(stages.folder("aligning"), binding)
-        loss = self._engine.align(alignment, checkpoints, self._reporter)
+        with naming_alignment():
+            loss = self._engine.align(alignment, checkpoints, self._reporter)
         told = {
             "engine": self._engine.name,
             "pruned_fingerprint": pruned.facts["fingerprint"],
@@ -165,6 +179,14 @@ class LoramCopy:
 def _engine_of(request: JobRequest, settings: LoramSettings) -> AlignmentEngine:
     loqt = None if settings.alignment is None else settings.alignment.loqt
     return FullRank() if loqt is None else LoqtAlignment(loqt, request.spec.quantization or NF4)
+
+
+def _set_to_zero(model: PreTrainedModel, pruned: Stage) -> frozenset[str]:
+    """Return the names of the parameters in which single weights were set to zero."""
+    if pruned.facts["is_smaller"]:
+        return frozenset()
+    linears = linears_of(model, range(*pruned.facts["layers"]))
+    return frozenset(f"{path}.weight" for paths in linears.values() for path in paths)
 
 
 def _write_aligned(aside: Path, model: PreTrainedModel, pruned: Stage) -> str:

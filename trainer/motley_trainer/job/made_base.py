@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from motley_bases.loader import read_parsed_config, stored_dtype
 from motley_bases.prune_manifest import read_prune_manifest
@@ -20,12 +19,10 @@ from transformers import PreTrainedModel
 
 from motley_trainer.errors import DivergedError
 from motley_trainer.files.durable import write_folder
+from motley_trainer.files.loqt_manifest import MANIFEST_FILE, SCHEMA_VERSION, read_loqt_manifest
 from motley_trainer.job.stages import STAGE_FILE, Stage
 from motley_trainer.pruning.dense_copy import write_dense
 from motley_trainer.pruning.written import write_pruned
-
-MANIFEST_FILE = "loqt_manifest.json"
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +58,13 @@ def keep_base(
     target: Path,
     trained: Stage,
     *,
-    original_fingerprint: str | None,
+    chain: Sequence[str],
     merges: Sequence[Mapping[str, object]],
     provenance: Mapping[str, object],
 ) -> TrainedBase:
     """Move what a stage left to where it is looked for, with its manifest beside.
 
+    Semantics: `chain` are the fingerprints of what it came from, its original's last; none for one from scratch.
     Effects: `target` is there whole or not at all; interrupted, neither it nor the stage may be, and the stage is done
     again from its checkpoint.
     """
@@ -78,7 +76,8 @@ def keep_base(
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": trained.facts["fingerprint"],
-            "original_fingerprint": original_fingerprint,
+            "original_fingerprint": chain[-1] if chain else None,
+            "chain": list(chain),
             "merges": list(merges),
             **provenance,
         }
@@ -90,16 +89,29 @@ def keep_base(
     return found
 
 
+def chain_of(directory: Path, fingerprint: str) -> tuple[str, ...]:
+    """Return the chain of what is made of a base of this fingerprint: what that came from, and itself.
+
+    Semantics: a manifest of other weights than those beside it says nothing of them.
+    Raises: as `read_loqt_manifest` does.
+    """
+    manifest = read_loqt_manifest(directory)
+    before = manifest.chain if manifest is not None and manifest.fingerprint == fingerprint else ()
+    return (*before, fingerprint)
+
+
 def read_trained_base(directory: Path) -> TrainedBase | None:
-    """Return what a directory's manifest tells of the base in it, None if there is none."""
-    try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_bytes())
-    except FileNotFoundError:
+    """Return what a directory's manifest tells of the base in it, None if there is none.
+
+    Raises: as `read_loqt_manifest` does.
+    """
+    manifest = read_loqt_manifest(directory)
+    if manifest is None:
         return None
     return TrainedBase(
         directory=str(directory.absolute()),
-        fingerprint=manifest["fingerprint"],
-        original_fingerprint=manifest["original_fingerprint"],
-        num_merges=len(manifest["merges"]),
+        fingerprint=manifest.fingerprint,
+        original_fingerprint=manifest.original_fingerprint,
+        num_merges=manifest.num_merges,
         size_bytes=sum(path.stat().st_size for path in directory.iterdir()),
     )

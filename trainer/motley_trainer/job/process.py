@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from motley_adapters.errors import AdapterError
@@ -23,6 +23,7 @@ from motley_trainer.errors import TrainerError
 from motley_trainer.job.reporting import Emit, JobCancelledError
 
 DONE, FAILED, CANCELLED, DIED = 0, 1, 3, 70
+STEPPING = ("training", "aligning", "measuring")  # how the stages begin that take micro-batches
 
 Run = Callable[[Path, Emit, Callable[[], bool]], object]
 
@@ -35,23 +36,38 @@ def exit_as_told(run: Run, arguments: Sequence[str]) -> int:
     """
     stop = _Signals()
     _settle_torch()
-    with _standard_output() as emit:
+    with _standard_output() as write:
+        emit = _Told(write)
         try:
             run(Path(arguments[0]), emit, stop.has_come)
         except JobCancelledError:
             emit({"cancelled": True})
             return CANCELLED
         except (TrainerError, BaseError, AdapterError) as error:
+            if _is_out_of_memory(error.__cause__):
+                emit({"failed": _out_of_memory(error.__cause__, emit.stage)})
+                return FAILED
             emit({"failed": {"reason": error.reason, "message": str(error), "field": error.field or ""}})
             return FAILED
         except Exception as error:
             traceback.print_exc()
             if not _is_out_of_memory(error):
                 return DIED
-            message = f"the job's memory does not do: {error}; smaller micro-batches or shorter samples take less"
-            emit({"failed": {"reason": "OUT_OF_MEMORY", "message": message, "field": "micro_batch_size"}})
+            emit({"failed": _out_of_memory(error, emit.stage)})
             return FAILED
     return DONE
+
+
+class _Told:
+    """Emit events, and remember which stage was the last that was begun."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.stage = ""
+
+    def __call__(self, event: Mapping[str, object]) -> None:
+        self.stage = str(event.get("stage", self.stage))
+        self._emit(event)
 
 
 class _Signals:
@@ -96,5 +112,19 @@ def _settle_torch() -> None:
         cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Tell whether there was no memory, on the machine or on its GPU; some libraries say so in a text alone."""
+    is_typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_typed or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+
+
+def _out_of_memory(error: BaseException, stage: str) -> Mapping[str, str]:
+    """Return how a job failed for want of memory, with what would help where it was."""
+    of_batches = stage.startswith(STEPPING)
+    advice = (
+        "smaller micro-batches or shorter samples take less"
+        if of_batches
+        else "that is the base's own size, and not the batches': it takes a worker with more memory, or a smaller base"
+    )
+    message = f"the job's memory does not do, at the stage {stage!r}: {error}; {advice}"
+    return {"reason": "OUT_OF_MEMORY", "message": message, "field": "micro_batch_size" if of_batches else ""}

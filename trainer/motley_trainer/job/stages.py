@@ -1,11 +1,12 @@
 """Directories that a job's stages leave for those after them: each there whole or not at all, and bound to the job.
 
-A directory that is there is done, unless it is of another job, and then it is made anew. Knows nothing of what is in
-them. Runs on the thread that trains.
+A directory that is there is done, unless it is of another job or its files are not those that were written, and then it
+is made anew. Knows nothing of what is in them. Runs on the thread that trains.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,9 +39,11 @@ class Stages:
         directory = self._folder / name
         try:
             found = json.loads((directory / STAGE_FILE).read_bytes())
-        except FileNotFoundError:
+            is_ours = found["binding"] == self._binding
+            is_done = is_ours and all(_digest(directory / file) == digest for file, digest in found["files"].items())
+            return Stage(directory, found["facts"]) if is_done else None
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):  # a disk's doing, or a hand's
             return None
-        return Stage(directory, found["facts"]) if found["binding"] == self._binding else None
 
     def write(self, name: str, fill: Callable[[Path], Mapping[str, object]]) -> Stage:
         """Have a stage's directory filled, and return it; `fill` returns the facts.
@@ -51,7 +54,9 @@ class Stages:
 
         def fill_and_bind(aside: Path) -> None:
             told.append(fill(aside))
-            text = json.dumps({"binding": self._binding, "facts": told[0]}, indent=2, allow_nan=False)
+            files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+            told_whole = {"binding": self._binding, "facts": told[0], "files": files}
+            text = json.dumps(told_whole, indent=2, allow_nan=False)
             (aside / STAGE_FILE).write_text(f"{text}\n", encoding="utf-8")
 
         directory = self._folder / name
@@ -61,3 +66,8 @@ class Stages:
     def folder(self, name: str) -> Path:
         """Return a folder for what a stage needs while it is under way."""
         return self._folder / name
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

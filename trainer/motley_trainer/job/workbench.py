@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from motley_bases.describe import context_length
 from motley_bases.loader import PlainBase, load_tokenizer, read_parsed_config
@@ -80,10 +81,14 @@ class Workbench:
         self.reporter.tell("evaluation", evaluation.to_json())
         return evaluation
 
-    def checkpoints_of(self, base: PlainBase) -> Checkpoints:
-        """Return the checkpoints of this training, bound to what it is; what is asked first, first."""
+    def checkpoints_of(self, base: PlainBase, asked: Mapping[str, str] = MappingProxyType({})) -> Checkpoints:
+        """Return the checkpoints of this training, bound to what it is; what is asked first, first.
+
+        Semantics: `asked` are parts of the spec that are worth a name of their own.
+        """
         binding = {
             "dataset": self.spec.dataset,
+            **asked,
             "spec": self.spec.digest,
             BASE: base.spec.fingerprint,
             "quantization": self.request.trained_quantization,

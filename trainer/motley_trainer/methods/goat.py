@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from motley_adapters.kinds.goat import GoatModule, write_goat
+from motley_adapters.reader import inspect_adapter
 from motley_bases.spec import BaseSpec
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ from motley_trainer.methods.goat_linear import GoatLinear
 from motley_trainer.methods.goat_routing import balance_loss, count_picks, tokens_of
 from motley_trainer.methods.goat_start import (
     blank_start,
+    check_start,
     fresh_router,
     geometry_of,
     scales_of,
@@ -32,11 +34,13 @@ from motley_trainer.methods.goat_start import (
     spectrum_source,
 )
 from motley_trainer.methods.method import Context
+from motley_trainer.methods.spectra import Spectra
 from motley_trainer.methods.targets import named_linears
 from motley_trainer.spec.settings import GoatScale, GoatSettings, derived_seed
 
 _DROPS, _PICKS, _SOURCE = "dropout_state", "picks", "spectrum_source"
 _SHARE_DIGITS = 6
+_MAX_SHARES = 4096  # that a manifest has one by one: it has to stay small enough to be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ class Goat:
         """Put experts, a router and a residual beside the Linears that are meant.
 
         Raises: SettingsError with reason NO_SUCH_MODULE; RANK_TOO_LARGE for a Linear whose spectrum has no room for
-        the experts; or INVALID_GEOMETRY for settings that no reader lets through; naming the field.
+        the experts; INVALID_GEOMETRY for settings that no reader lets through; or WEIGHT_TOO_LARGE where experts or
+        residual would begin too large to be served; naming the field.
         """
         asked = self.settings
         paths = named_linears(asked.target_modules, context.spec, "goat.target_modules")
@@ -58,6 +63,7 @@ class Goat:
         drops = torch.Generator(device=model.device).manual_seed(derived_seed(context.seed, "dropout"))
         if resumed is not None and _DROPS in resumed:
             drops.set_state(resumed[_DROPS])
+        spectra = Spectra(context.spectra)
         adapted: dict[str, GoatLinear] = {}
         for place, (path, scale) in enumerate(scales.items()):
             linear = model.get_submodule(path)
@@ -65,7 +71,10 @@ class Goat:
             router = fresh_router(asked.experts, linear.in_features, initial)
             if resumed is None:
                 context.on_part("taking spectra", place, len(scales))
-                start = sliced_start(linear, path, asked, scale=scale, seed=context.seed, router=router)
+                start = sliced_start(
+                    linear, path, asked, scale=scale, seed=context.seed, router=router, spectra=spectra
+                )
+                check_start(start, path, asked, scale)
             else:
                 start = blank_start(router, resumed[f"{path}.residual_a"], resumed[f"{path}.residual_b"])
             adapted[path] = GoatLinear(
@@ -147,7 +156,10 @@ class AttachedGoat:
         )
 
     def write(self, directory: Path, provenance: Mapping[str, object]) -> str:
-        """Write a GOAT directory with its residual, and return its digest."""
+        """Write a GOAT directory with its residual, read it as a server does, and return its digest.
+
+        Raises: AdapterFormatError for what no server would take.
+        """
         asked = self._settings
         modules = {
             path: GoatModule(
@@ -161,7 +173,7 @@ class AttachedGoat:
             for path, goat in self._adapted.items()
         }
         is_theoretical = asked.scale is GoatScale.THEORETICAL
-        return write_goat(
+        write_goat(
             directory,
             self._spec,
             geometry_of(asked),
@@ -169,9 +181,14 @@ class AttachedGoat:
             details={"eta": asked.eta, "rank_for_scale": str(asked.rank_for_scale)} if is_theoretical else {},
             provenance={**provenance, **self.facts()},
         )
+        return inspect_adapter(directory, self._spec).spec.digest
 
     def facts(self) -> Mapping[str, object]:
-        """Return how many parameters are trained, the routers' apart, of what spectrum, and where all tokens went."""
+        """Return how many parameters are trained, the routers' apart, of what spectrum, and where all tokens went.
+
+        Semantics: of Linears whose weights are zero there is no spectrum: their experts begin at zero and stay there.
+        """
+        num_blank = sum(not bool(goat.residual_a.any()) for goat in self._adapted.values())
         num_of_routers = sum(goat.router.numel() for goat in self._adapted.values())
         num_parameters = sum(parameter.numel() for parameter in self.parameters.values())
         return {
@@ -181,12 +198,28 @@ class AttachedGoat:
             "num_modules": len(self._adapted),
             "spectrum": self._source,
             "num_routed_tokens": int(self._picks.sum(1).max()) // self._settings.top_k,
-            "expert_shares": self._shares(self._picks),
+            **self._spread(),
+            **({"num_modules_without_spectrum": num_blank} if num_blank else {}),
         }
 
     def disabled(self) -> AbstractContextManager[None]:
         """Make the model the base alone for a while."""
         return disabled(self._adapted.values())
+
+    def _spread(self) -> dict[str, object]:
+        """Return every expert's share of all tokens, or of too many experts what of each Linear tells how even it is.
+
+        Semantics: effective is how many experts an even spread that chance hits as often would have.
+        """
+        shares = self._shares(self._picks)
+        if sum(map(len, shares.values())) <= _MAX_SHARES:
+            return {"expert_shares": shares}
+        even = {path: 1 / sum(share * share for share in of_path) for path, of_path in shares.items()}
+        spread = {
+            path: {"least": min(of_path), "greatest": max(of_path), "effective": round(even[path], 3)}
+            for path, of_path in shares.items()
+        }
+        return {"expert_spread": spread}
 
     def _shares(self, picks: Tensor) -> dict[str, list[float]]:
         """Return the experts' shares of picks [M, E] by path, of the Linears that tokens went through."""

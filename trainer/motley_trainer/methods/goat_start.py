@@ -1,6 +1,6 @@
 """What GOAT's experts begin as in each Linear: slices of its weight's spectrum, their scale, a fresh router.
 
-The decomposition is made here and never again: a checkpoint holds the residual, and an adapter's files do. Of a weight
+A job decomposes a weight once at most: a checkpoint holds the residual, and an adapter's files do. Of a weight
 that is quantized it is that of what its products have. Runs on the thread that owns the model.
 Source: GOAT, arXiv:2502.16894.
 """
@@ -14,15 +14,18 @@ from typing import cast
 
 import torch
 from motley_adapters.errors import AdapterFormatError
-from motley_adapters.kinds.goat import GoatGeometry, Segments
-from motley_adapters.kinds.goat_init import check_geometry, slice_spectrum, theoretical_scale
+from motley_adapters.kinds.checks import check_products
+from motley_adapters.kinds.goat import GoatGeometry, GoatModule, Segments
+from motley_adapters.kinds.goat_init import check_geometry, expert_directions, theoretical_scale
 from motley_bases.quantization import NONE
 from motley_bases.spec import BaseSpec
+from motley_kernels.adapter_delta import DeltaUnit
 from torch import Tensor, nn
 
 from motley_trainer.errors import SettingsError
 from motley_trainer.methods.goat_linear import Start
 from motley_trainer.methods.product_weight import product_weight
+from motley_trainer.methods.spectra import Spectra
 from motley_trainer.methods.targets import check_rank
 from motley_trainer.spec.settings import GoatScale, GoatSettings, derived_seed
 
@@ -67,15 +70,44 @@ def scale_of(settings: GoatSettings, in_features: int) -> float:
 
 
 def sliced_start(
-    linear: nn.Linear, path: str, settings: GoatSettings, *, scale: float, seed: int, router: Tensor
+    linear: nn.Linear,
+    path: str,
+    settings: GoatSettings,
+    *,
+    scale: float,
+    seed: int,
+    router: Tensor,
+    spectra: Spectra,
 ) -> Start:
-    """Decompose a Linear's weight in float32, and return what its experts begin as.
+    """Decompose a Linear's weight in float32, unless that was done before, and return what its experts begin as.
 
     Semantics: RANDOM segments are drawn by the seed and the path, so that jobs of one seed share their residual.
     """
     drawn = torch.Generator().manual_seed(derived_seed(seed, "segments", path))
-    slices = slice_spectrum(product_weight(linear), geometry_of(settings), drawn)
+    directions = expert_directions(geometry_of(settings), linear.in_features, linear.out_features, drawn)
+    slices = spectra.slices(product_weight(linear), directions)
     return Start(*slices.initial_factors(scale, settings.rho), router, *slices.residual_factors)
+
+
+def check_start(start: Start, path: str, settings: GoatSettings, scale: float) -> None:
+    """Refuse experts or a residual that no server would take, before a step is taken with them.
+
+    Raises: SettingsError with reason WEIGHT_TOO_LARGE, naming the field.
+    """
+    module = GoatModule(start.a, start.b, start.router, scale, start.residual_a, start.residual_b)
+    of_scale = "goat.alpha" if settings.scale is GoatScale.ALPHA else "goat.eta"
+    a, b = start.a, start.b.T
+    begun = (
+        ("residual", module.residual_unit(geometry_of(settings).residual_scaling), "goat.rho"),
+        ("experts", module.unit(settings.top_k), of_scale),
+        ("experts", DeltaUnit(a, torch.zeros_like(b), 1.0), of_scale),  # each factor as a file has it
+        ("experts", DeltaUnit(torch.zeros_like(a), b, 1.0), of_scale),
+    )
+    for what, unit, field in begun:
+        try:
+            check_products(f"what the {what} of {path} begin as", unit)
+        except AdapterFormatError as error:
+            raise SettingsError(error.message, reason=error.reason, field=field) from error
 
 
 def blank_start(router: Tensor, residual_a: Tensor, residual_b: Tensor) -> Start:

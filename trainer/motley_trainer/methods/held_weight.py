@@ -1,4 +1,4 @@
-"""A weight as it is held in memory: as it is, or in fewer bits.
+"""A weight as it is held in memory: in full, or in fewer bits.
 
 Runs on the thread that owns the model.
 """
@@ -43,27 +43,26 @@ class PlainWeight:
 class Holding:
     """A way to hold weights: how one is made of numbers, and found again in what a checkpoint has of it.
 
-    Semantics: `is_exact` tells that a weight in its own dtype is held as it is. `find` takes the tensors by name, and
-    the weight's shape.
+    Semantics: `find` takes the tensors by name, and the weight's shape.
     """
 
-    is_exact: bool
     hold: Callable[[Tensor], HeldWeight]
     find: Callable[[Mapping[str, Tensor], torch.Size], HeldWeight]
 
 
-def holding(quantization: str, dtype: torch.dtype) -> Holding:
-    """Return how weights are held: `none` in a dtype, `nf4` in codes.
+def holding(quantization: str) -> Holding:
+    """Return how weights are held: `none` in float32, `nf4` in codes.
 
+    Semantics: whatever a model computes in, without quantizing nothing is lost when a small change becomes a part of a
+    weight: in bfloat16 most of it would be.
     Raises: UnsupportedBaseError with reason NO_QUANTIZER.
     """
     if quantization == NONE:
         return Holding(
-            is_exact=True,
-            hold=lambda weight: PlainWeight(weight.to(dtype)),
+            hold=lambda weight: PlainWeight(weight.float()),
             find=lambda tensors, shape: PlainWeight(tensors["values"]),
         )
     require_quantizer()
     from motley_trainer.methods.nf4 import Nf4Weight, quantize
 
-    return Holding(is_exact=False, hold=quantize, find=Nf4Weight.of)
+    return Holding(hold=quantize, find=Nf4Weight.of)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from motley_bases.fingerprint import StoredTensor, combine
+from motley_bases.quantization import NONE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,14 +27,18 @@ from motley_trainer.methods.loqt_linear import LoqtLinear, Renewing
 from motley_trainer.methods.loqt_schedule import merge_steps
 from motley_trainer.spec.settings import LoqtSettings
 
-_MERGES = "merges"
+_MERGES, _NUM_TOLD = "merges", "num_told"
 _RANK_SHARE = 4  # of the hidden size, one in so many
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge: how many steps were taken before it, and the digest of all weights right after."""
+    """A merge: how many steps were taken before it, and a digest.
+
+    Semantics: the digest is of all weights right after it, and of the digest of the merge before it, or, of the first,
+    of the fingerprint that training began from: it is not the same unless all that was before is.
+    """
 
     step: int
     digest: str
@@ -43,12 +48,14 @@ class Merge:
 class Loqt:
     """Train a whole base.
 
-    Semantics: `quantization` is how Linears are held, `nf4` or `none`; `field` is where the settings stand in a spec.
-    What gives the logits is trained where `trains_output`.
+    Semantics: `quantization` is how Linears are held, `nf4` or `none`; `original` is the fingerprint of what is
+    trained, None for weights that were drawn; `field` is where the settings stand in a spec. What gives the logits is
+    trained where `trains_output`.
     """
 
     settings: LoqtSettings
     quantization: str
+    original: str | None = None
     field: str = "loqt"
     trains_output: bool = True
 
@@ -73,9 +80,10 @@ class Loqt:
         renewing = Renewing(
             rank=self._rank(model, linears),
             scale=self.settings.scale,
-            compensation_steps=self.settings.compensation_steps,
+            compensation_steps=0 if self.quantization == NONE else self.settings.compensation_steps,
             decomposition=self.settings.decomposition,
-            holding=holding(self.quantization, model.dtype),
+            holding=holding(self.quantization),
+            field=self.field,
         )
         output = None if self.trains_output else model.get_output_embeddings().weight
         adapted: dict[str, LoqtLinear] = {}
@@ -85,7 +93,14 @@ class Loqt:
         parameters = {name: each for name, each in model.named_parameters() if each is not output}
         for parameter in parameters.values():
             parameter.requires_grad_()
-        attached = AttachedLoqt(model, adapted, parameters, merge_steps(self.settings, num_steps), self.settings)
+        attached = AttachedLoqt(
+            model,
+            adapted,
+            parameters,
+            merge_steps(self.settings, num_steps),
+            keeps_moments=self.settings.keep_moments,
+            original=self.original,
+        )
         if resumed is not None:
             attached.resume(resumed)
         return attached
@@ -113,14 +128,17 @@ class AttachedLoqt:
         adapted: Mapping[str, LoqtLinear],
         parameters: Mapping[str, nn.Parameter],
         merges_before: Collection[int],
-        settings: LoqtSettings,
+        *,
+        keeps_moments: bool,
+        original: str | None,
     ) -> None:
         self.parameters = parameters
         self.merges: list[Merge] = []
         self._model = model
         self._adapted = adapted
         self._merges_before = frozenset(merges_before)
-        self._keeps_moments = settings.keep_moments
+        self._keeps_moments = keeps_moments
+        self._original = original
         self._num_told = 0
         self._merging: int | None = None
         self._gathered: dict[str, Tensor] = {}
@@ -128,17 +146,25 @@ class AttachedLoqt:
     # --- What is trained
 
     def buffers(self) -> Mapping[str, Tensor]:
-        """Return what the Linears hold, and the merges so far."""
-        told = json.dumps([[merge.step, merge.digest] for merge in self.merges])
-        return {**self._held(), _MERGES: torch.tensor(list(told.encode()), dtype=torch.uint8)}
+        """Return what the Linears hold, the merges so far, and how many of them have been told."""
+        merges = json.dumps([[merge.step, merge.digest] for merge in self.merges])
+        return {
+            **self._held(),
+            _MERGES: torch.tensor(list(merges.encode()), dtype=torch.uint8),
+            _NUM_TOLD: torch.tensor(self._num_told),
+        }
 
     def resume(self, buffers: Mapping[str, Tensor]) -> None:
-        """Hold what a checkpoint has; its merges have been told."""
+        """Hold what a checkpoint has.
+
+        Semantics: merges that were not told before it was saved are told again: whether they were after it is not
+        known.
+        """
         for path, linear in self._adapted.items():
             own = f"{path}."
             linear.resume({name.removeprefix(own): tensor for name, tensor in buffers.items() if name.startswith(own)})
         self.merges = [Merge(step, digest) for step, digest in json.loads(bytes(buffers[_MERGES].tolist()))]
-        self._num_told = len(self.merges)
+        self._num_told = int(buffers[_NUM_TOLD])
 
     def extra_loss(self, batch: Batch) -> None:
         """Add nothing to the loss."""
@@ -227,8 +253,10 @@ class AttachedLoqt:
         }
 
     def _digest(self) -> str:
-        """Return a digest of all that the outputs depend on."""
-        return combine(_stored(name, tensor) for name, tensor in [*self._held().items(), *self.parameters.items()])
+        """Return a digest of all that the outputs depend on, and of what was before."""
+        before = self.merges[-1].digest if self.merges else self._original or ""
+        now = combine(_stored(name, tensor) for name, tensor in [*self._held().items(), *self.parameters.items()])
+        return f"sha256:{hashlib.sha256(f'{before} {now}'.encode()).hexdigest()}"
 
 
 def merges_to_json(merges: Iterable[Merge]) -> list[dict[str, object]]:

@@ -25,13 +25,14 @@ from motley_trainer.spec.settings import LoqtDecomposition
 
 @dataclass(frozen=True, slots=True)
 class Renewing:
-    """How a Linear begins anew."""
+    """How a Linear begins anew; `field` is where a spec says so."""
 
     rank: int
     scale: float
     compensation_steps: int
     decomposition: LoqtDecomposition
     holding: Holding
+    field: str = "loqt"
 
 
 class LoqtLinear(nn.Module):
@@ -102,27 +103,23 @@ class LoqtLinear(nn.Module):
         Effects: the output stays what it was, but for what holding the weight loses; nothing is captured any more.
         Raises: DivergedError with reason LOSS_NOT_FINITE, after which nothing is changed.
         """
+        asked = self._renewing
         if not bool(gradient.isfinite().all()):
             message = (
                 f"training diverged at a merge: the gradient of {self.path} has values that are not finite; a lower "
-                "learning rate, or a lower loqt.scale, may do"
+                f"learning rate, or a lower {asked.field}.scale, may do"
             )
             raise DivergedError(message, reason="LOSS_NOT_FINITE", field="optimizer.learning_rate")
-        asked = self._renewing
         with torch.no_grad():  # as a decorator it would hold the gradient to the end
             chosen = directions(gradient.float(), asked.rank, self.side, asked.decomposition)
             del gradient  # as large as the weight, which is made whole now
             hold, frozen, weight = asked.holding.hold, asked.holding.hold(chosen), self.merged()
-            if asked.holding.is_exact:
-                self.held = hold(weight)
-                self.factor.zero_()
-            else:
-                wide, steps = frozen.expanded(torch.float32), asked.compensation_steps
-                done = compensated(
-                    weight, wide, self.side, scale=self.scale, steps=steps, hold=hold, dtype=self.factor.dtype
-                )
-                self.held = done.held
-                self.factor.copy_(done.factor)
+            wide, steps = frozen.expanded(torch.float32), asked.compensation_steps
+            done = compensated(
+                weight, wide, self.side, scale=self.scale, steps=steps, hold=hold, dtype=self.factor.dtype
+            )
+            self.held = done.held
+            self.factor.copy_(done.factor)
             self.frozen, self.captures = frozen, None
 
     def tensors(self) -> dict[str, Tensor]:

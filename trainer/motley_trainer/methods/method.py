@@ -28,6 +28,7 @@ class Context:
     the model's device. `adapters` are the directories of the adapters that the settings name, in their order. `copy` is
     what is trained on in the place of the base, where something is. `on_part` is called before each part of what takes
     long, with what that is, how many parts are done and how many there are; what it raises ends the attaching.
+    `spectra` is a directory in which those of the base's weights are kept over jobs, where something keeps them.
     """
 
     spec: BaseSpec
@@ -36,6 +37,7 @@ class Context:
     adapters: Sequence[Path] = ()
     copy: PrunedCopy | None = None
     on_part: Callable[[str, int, int], None] = lambda what, done, total: None
+    spectra: Path | None = None
 
 
 class Trained(Protocol):
@@ -60,7 +62,10 @@ class Trained(Protocol):
         """
 
     def report(self) -> Mapping[str, object]:
-        """Return what a checkpoint tells beside its step, since the last one: events' bodies by their names."""
+        """Return what a checkpoint tells beside its step, since the last one: events' bodies by their names.
+
+        Semantics: asked once more when a run goes on from a checkpoint, for what may not have been told of it.
+        """
 
 
 class Renewal(Protocol):

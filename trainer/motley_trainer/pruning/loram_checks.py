@@ -50,8 +50,11 @@ def prune_settings(asked: LoramSettings, seed: int = 0) -> PruneSettings:
 def pruned_layers(asked: LoramSettings, num_layers: int) -> range:
     """Return the layers that are pruned.
 
+    Semantics: unless some are named, single weights go from all layers, heads and channels from the rule's own.
     Raises: SettingsError with reason LAYER_RANGE.
     """
+    if asked.layers is None and asked.pruning.keeps_shapes:
+        return range(num_layers)
     settings = prune_settings(asked)
     with naming_loram():
         return settings.layers(num_layers)

@@ -50,10 +50,7 @@ def sparsify(
     given cannot be computed with.
     """
     model.requires_grad_(False)
-    paths: dict[int, dict[str, None]] = {layer: {} for layer in layers}
-    for groups in groups_of(model):
-        if groups.layer in paths:
-            paths[groups.layer] |= dict.fromkeys(member.path for member in groups.members)
+    paths = linears_of(model, layers)
     entries = [_Entry.of(model, batch, layers) for batch in windows.split(BATCH_SIZE)]
     num_zeros = num_weights = 0
     for layer in layers:
@@ -71,6 +68,18 @@ def sparsify(
         for entry in entries:
             entry.hidden = entry.through(model, layer)
     return Sparsified(num_zeros, num_weights)
+
+
+def linears_of(model: PreTrainedModel, layers: range) -> dict[int, tuple[str, ...]]:
+    """Return the paths of the Linears that are pruned in each of some layers.
+
+    Raises: UnsuitableBaseError with reason NO_CLOSED_FORM for other layers than Llama's.
+    """
+    paths: dict[int, dict[str, None]] = {layer: {} for layer in layers}
+    for groups in groups_of(model):
+        if groups.layer in paths:
+            paths[groups.layer] |= dict.fromkeys(member.path for member in groups.members)
+    return {layer: tuple(of_layer) for layer, of_layer in paths.items()}
 
 
 @torch.no_grad()

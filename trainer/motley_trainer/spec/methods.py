@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from motley_trainer.spec.bounds import MAX_ALPHA, MAX_COUNT, MAX_RANK
+from motley_trainer.spec.bounds import MAX_ALPHA, MAX_BATCH, MAX_RANK, MAX_SAMPLES, MAX_STEPS, MIN_GOAT_SCALE
 from motley_trainer.spec.json_fields import JsonFields
 from motley_trainer.spec.loqt import read_loqt
 from motley_trainer.spec.settings import (
@@ -34,8 +34,8 @@ _RATIO = re.compile(r"[0-9]{1,9}/0*[1-9][0-9]{0,8}|[0-9]{0,9}\.?[0-9]{1,9}")
 _PAIR = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 
 
-def read_settings(method: TrainingMethod, fields: JsonFields) -> Settings:
-    """Read the settings of a method.
+def read_settings(method: TrainingMethod, fields: JsonFields, quantization: str | None) -> Settings:
+    """Read the settings of a method; `quantization` is the spec's, with which not all of them go.
 
     Raises: SettingsError with reason BAD_SPEC and the field as the proto spells it.
     """
@@ -47,9 +47,9 @@ def read_settings(method: TrainingMethod, fields: JsonFields) -> Settings:
         case TrainingMethod.GOAT:
             return _goat(fields)
         case TrainingMethod.LORAM:
-            return _loram(fields)
+            return _loram(fields, quantization)
         case TrainingMethod.LOQT:
-            return read_loqt(fields)
+            return read_loqt(fields, quantization)
 
 
 def read_digest(fields: JsonFields, name: str) -> str:
@@ -93,7 +93,7 @@ def _s2ft(fields: JsonFields) -> S2ftSettings:
         order=fields.word("order", ChannelOrder, "CHANNEL_ORDER_", ChannelOrder.SMALL),
         budget=fields.word("budget", ChannelBudget, "CHANNEL_BUDGET_", ChannelBudget.LAYER),
         disjoint_from=fields.names("disjoint_from"),
-        calibration_samples=fields.whole("calibration_samples", 1, MAX_COUNT, 64),
+        calibration_samples=fields.whole("calibration_samples", 1, MAX_SAMPLES, 64),
     )
     fields.end()
     return settings
@@ -115,12 +115,12 @@ def _goat(fields: JsonFields) -> GoatSettings:
         rank=rank,
         experts=experts,
         top_k=fields.whole("top_k", 1, experts, min(2, experts)),
-        rho=fields.number("rho", 10.0, above=0, most=MAX_ALPHA),
+        rho=fields.number("rho", 10.0, least=MIN_GOAT_SCALE, most=MAX_ALPHA),
         segments=fields.word("segments", GoatSegments, "GOAT_SEGMENTS_", GoatSegments.HEAD),
         scale=scale,
-        eta=fields.number("eta", 1.0, above=0, most=MAX_ALPHA),
+        eta=fields.number("eta", 1.0, least=MIN_GOAT_SCALE, most=MAX_ALPHA),
         rank_for_scale=fields.word("rank_for_scale", GoatScaleRank, "GOAT_SCALE_RANK_", GoatScaleRank.EXPERT),
-        alpha=fields.number("alpha", 2.0 * rank, above=0, most=MAX_ALPHA),
+        alpha=fields.number("alpha", 2.0 * rank, least=MIN_GOAT_SCALE, most=MAX_ALPHA),
         balance_loss=fields.number("balance_loss", 1e-3, least=0, most=MAX_ALPHA),
         dropout=fields.number("dropout", 0.05, least=0, below=1),
         target_modules=fields.names("target_modules"),
@@ -129,57 +129,73 @@ def _goat(fields: JsonFields) -> GoatSettings:
     return settings
 
 
-def _loram(fields: JsonFields) -> LoramSettings:
+def _loram(fields: JsonFields, quantization: str | None) -> LoramSettings:
     pruning = fields.word("pruning", LoramPruning, "LORAM_PRUNING_", LoramPruning.STRUCTURED)
-    same_cut_as = fields.text("same_cut_as") if fields.get("same_cut_as") else None
-    idle = [] if pruning is LoramPruning.SEMI_STRUCTURED else ["pattern"]
-    idle += ["ratio"] if pruning is LoramPruning.SEMI_STRUCTURED else []
-    idle += ["calibration_samples"] if pruning is LoramPruning.RANDOM else []
-    for name in ("pruning", "ratio", "layers", "pattern", "calibration_samples") if same_cut_as else idle:
-        if fields.get(name):
-            raise fields.error(name, f"does not go with {'same_cut_as' if same_cut_as else f'the pruning {pruning}'}")
+    same_cut_as = fields.text("same_cut_as") if _is_said(fields, "same_cut_as") else None
+    ratio, layers = _ratio(fields), _layers(fields)
+    idle, who = _idle_for_loram(pruning, ratio, same_cut_as)
+    for name in idle:
+        if _is_said(fields, name):
+            raise fields.error(name, f"does not go with {who}")
     alignment = fields.get("alignment")
     settings = LoramSettings(
         lora=_lora(fields.child("lora")),
         pruning=pruning,
-        ratio=_ratio(fields),
-        layers=_layers(fields),
+        ratio=ratio,
+        layers=layers,
         pattern=_pattern(fields) if pruning is LoramPruning.SEMI_STRUCTURED else None,
         same_cut_as=same_cut_as,
-        calibration_samples=fields.whole("calibration_samples", 1, MAX_COUNT, 64),
-        alignment=None if alignment is None else _alignment(fields.child("alignment")),
+        calibration_samples=fields.whole("calibration_samples", 1, MAX_SAMPLES, 64),
+        alignment=None if alignment is None else _alignment(fields.child("alignment"), quantization),
     )
     fields.end()
     return settings
 
 
-def _alignment(fields: JsonFields) -> LoramAlignment:
+def _idle_for_loram(pruning: LoramPruning, ratio: Fraction, same_cut_as: str | None) -> tuple[tuple[str, ...], str]:
+    """Return the settings that nothing would be done with, and what has no use for them."""
+    if same_cut_as is not None:
+        return ("pruning", "ratio", "layers", "pattern", "calibration_samples"), "same_cut_as"
+    if pruning is LoramPruning.SEMI_STRUCTURED:
+        return ("ratio",), f"the pruning {pruning}"
+    if ratio == 0:
+        return ("pruning", "layers", "pattern", "calibration_samples", "alignment"), "ratio 0, which prunes nothing"
+    samples = ("calibration_samples",) if pruning is LoramPruning.RANDOM else ()
+    return ("pattern", *samples), f"the pruning {pruning}"
+
+
+def _is_said(fields: JsonFields, name: str) -> bool:
+    """Tell whether a field is there; an empty text is not, as on the wire."""
+    return fields.get(name) not in (None, "")
+
+
+def _alignment(fields: JsonFields, quantization: str | None) -> LoramAlignment:
     settings = LoramAlignment(
         dataset=read_digest(fields, "dataset"),
-        steps=fields.whole("steps", 1, MAX_COUNT, 100),
+        steps=fields.whole("steps", 1, MAX_STEPS, 100),
         learning_rate=fields.number("learning_rate", 5e-5, above=0, most=MAX_ALPHA),
-        batch_size=fields.whole("batch_size", 1, MAX_COUNT, 16),
-        loqt=_aligning_loqt(fields.child("loqt")) if fields.get("loqt") is not None else None,
+        batch_size=fields.whole("batch_size", 1, MAX_BATCH, 16),
+        loqt=_aligning_loqt(fields.child("loqt"), quantization) if fields.get("loqt") is not None else None,
     )
     fields.end()
     return settings
 
 
-def _aligning_loqt(fields: JsonFields) -> LoqtSettings:
+def _aligning_loqt(fields: JsonFields, quantization: str | None) -> LoqtSettings:
     if fields.get("start"):
         raise fields.error("start", "is not asked here: what is aligned is the pruned copy")
-    return read_loqt(fields)
+    return read_loqt(fields, quantization)
 
 
 def _ratio(fields: JsonFields) -> Fraction:
-    text = fields.text("ratio") if fields.get("ratio") else "1/2"
+    text = fields.text("ratio") if _is_said(fields, "ratio") else "1/2"
     if not _RATIO.fullmatch(text) or not 0 <= Fraction(text) < 1:
         raise fields.error("ratio", "is no ratio from 0 to below 1, such as 1/2 or 0.65")
     return Fraction(text)
 
 
 def _layers(fields: JsonFields) -> tuple[int, int] | None:
-    if not fields.get("layers"):
+    if not _is_said(fields, "layers"):
         return None
     found = _PAIR.fullmatch(fields.text("layers"))
     if found is None or int(found[1]) >= int(found[2]):
@@ -188,7 +204,7 @@ def _layers(fields: JsonFields) -> tuple[int, int] | None:
 
 
 def _pattern(fields: JsonFields) -> tuple[int, int]:
-    found = _PAIR.fullmatch(fields.text("pattern") if fields.get("pattern") else "4:8")
+    found = _PAIR.fullmatch(fields.text("pattern") if _is_said(fields, "pattern") else "4:8")
     if found is None or not 0 < int(found[1]) < int(found[2]):
         raise fields.error("pattern", "is not N:M with N above 0 and below M, such as 4:8")
     return int(found[1]), int(found[2])

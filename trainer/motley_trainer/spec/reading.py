@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from motley_trainer.spec.bounds import MAX_ALPHA, MAX_COUNT
+from motley_trainer.spec.bounds import MAX_ALPHA, MAX_BATCH, MAX_EPOCHS, MAX_LENGTH, MAX_STEPS
 from motley_trainer.spec.json_fields import JsonFields
 from motley_trainer.spec.methods import read_digest, read_settings
 from motley_trainer.spec.settings import (
@@ -39,10 +39,11 @@ def read_spec(value: object) -> TrainingSpec:
     for other in TrainingMethod:
         if other is not method and other.value in fields:
             raise fields.error(other.value, f"does not go with the method {method}")
-    settings = read_settings(method, fields.child(method.value))
+    quantization = _quantization(fields)
+    settings = read_settings(method, fields.child(method.value), quantization)
     has_8bit_moments = isinstance(settings, LoqtSettings) and settings.optimizer is LoqtOptimizer.ADAMW_8BIT
-    batch_size = fields.whole("batch_size", 1, MAX_COUNT, 16)
-    steps = fields.whole_or_none("steps", 1, MAX_COUNT)
+    batch_size = fields.whole("batch_size", 1, MAX_BATCH, 16)
+    steps = fields.whole_or_none("steps", 1, MAX_STEPS)
     if steps is not None and "epochs" in fields:
         raise fields.error("epochs", "does not go with steps: one of them says how long")
     spec = TrainingSpec(
@@ -50,15 +51,15 @@ def read_spec(value: object) -> TrainingSpec:
         settings=settings,
         dataset=read_digest(fields, "dataset"),
         digest=digest_of(value),
-        quantization=_quantization(fields),
+        quantization=quantization,
         steps=steps,
-        epochs=fields.number("epochs", 3.0, above=0, most=1e9) if steps is None else None,
+        epochs=fields.number("epochs", 3.0, above=0, most=MAX_EPOCHS) if steps is None else None,
         batch_size=batch_size,
         micro_batch_size=fields.whole("micro_batch_size", 1, batch_size, batch_size),
-        max_length=fields.whole_or_none("max_length", 2, MAX_COUNT),
+        max_length=fields.whole_or_none("max_length", 2, MAX_LENGTH),
         over_length=fields.word("over_length", OverLength, "OVER_LENGTH_", OverLength.TRUNCATE),
         seed=fields.whole("seed", -MAX_SEED, MAX_SEED - 1, 0),
-        checkpoint_steps=fields.whole("checkpoint_steps", 1, MAX_COUNT, 50),
+        checkpoint_steps=fields.whole("checkpoint_steps", 1, MAX_STEPS, 50),
         optimizer=_optimizer(fields.child("optimizer"), steps, has_8bit_moments),
         gate=_gate(fields.child("gate")),
     )
@@ -79,7 +80,7 @@ def _optimizer(fields: JsonFields, steps: int | None, has_8bit_moments: bool) ->
     settings = OptimizerSettings(
         learning_rate=fields.number("learning_rate", 2e-4, above=0, most=MAX_ALPHA),
         schedule=fields.word("schedule", Schedule, "LEARNING_RATE_SCHEDULE_", Schedule.LINEAR),
-        warmup_steps=fields.whole_or_none("warmup_steps", 0, MAX_COUNT if steps is None else steps - 1),
+        warmup_steps=fields.whole_or_none("warmup_steps", 0, MAX_STEPS if steps is None else steps - 1),
         weight_decay=fields.number("weight_decay", 0.0, least=0, most=MAX_ALPHA),
         beta1=fields.number("beta1", 0.9, least=0, below=1),
         beta2=fields.number("beta2", 0.999, least=0, below=1),

@@ -195,7 +195,8 @@ class LoqtSettings:
     """The low-rank factors that a whole base is trained by, one after the other.
 
     Semantics: a `rank` of None is a quarter of the hidden size, or the smallest side of a Linear if that is less.
-    `scale` is what the product of the factors is multiplied by, as it is. `growth` is the base of EXPONENTIAL's powers,
+    `scale` is what the product of the factors is multiplied by, as it is. A `merge_interval` of None is by how many
+    steps there are. `growth` is the base of EXPONENTIAL's powers,
     and LINEAR's steps by which each interval is longer than the one before.
     """
 
@@ -204,7 +205,7 @@ class LoqtSettings:
     scale: float = 0.5
     compensation_steps: int = 5
     schedule: LoqtSchedule = LoqtSchedule.EXPONENTIAL
-    merge_interval: int = 100
+    merge_interval: int | None = None
     growth: float = 1.2
     decomposition: LoqtDecomposition = LoqtDecomposition.SVD
     optimizer: LoqtOptimizer = LoqtOptimizer.ADAMW
@@ -227,8 +228,9 @@ class LoramSettings:
     """A LoRA that is trained on a pruned copy of the base.
 
     Semantics: `ratio` is of the heads and channels of each pruned layer, or of its weights, exactly; `layers` are
-    (first, end), None for all but the first four and the last two. `pattern` is (kept, of), None but for
-    SEMI_STRUCTURED. `same_cut_as` is an adapter as a request names it, whose cut is taken in the place of all these.
+    (first, end), None for all where single weights go, else for all but the first four and the last two. `pattern` is
+    (kept, of), None but for SEMI_STRUCTURED. `same_cut_as` is an adapter as a request names it, whose cut is taken in
+    the place of all these.
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)

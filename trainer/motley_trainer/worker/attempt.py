@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from motley_client.errors import MotleyClientError, UnauthenticatedError
 from motley_client.types_worker import JobEnding, Lease, LeaseEnd, WorkerTerms
@@ -20,7 +20,7 @@ from motley_trainer.worker.reports import EndingRefusedError, LeaseGoneError, Re
 from motley_trainer.worker.settings import WorkerSettings
 from motley_trainer.worker.stopping import Stop
 from motley_trainer.worker.work import JobFailedError, Work
-from motley_trainer.worker.workplace import ADAPTER, CHECKPOINTS, RESULT, Workplace
+from motley_trainer.worker.workplace import CHECKPOINTS, RESULT, Workplace
 
 LOST = "lost"
 
@@ -51,7 +51,7 @@ async def attempt(lease: Lease, terms: WorkerTerms, around: Surroundings) -> Out
     """Do a leased job as far as it gets, and return how it was left.
 
     Effects: the job's directory stays where the job goes on later. Of one that failed or was cancelled its checkpoints
-    stay, and the adapter if only its publication failed; of one that ended otherwise nothing.
+    stay, and the adapter or base if only its publication failed; of one that ended otherwise nothing.
     """
     job, settings = lease.job, around.settings
     async with around.connect(lease.token) as client:
@@ -62,9 +62,11 @@ async def attempt(lease: Lease, terms: WorkerTerms, around: Surroundings) -> Out
         work = Work(lease, settings, terms, client, reporter, around.metrics, around.stop)
         try:
             ending = await _come_to_an_end(work, reporter, around)
+            if ending.end is LeaseEnd.CANCELLED and work.kept_aside is None:
+                ending = replace(ending, message=work.kept())  # a base that was in its place before that was heard
             ending = await _reported(ending, reporter, work)
         except LeaseGoneError as error:
-            log.warning("%s: lost, its directory stays: %s", job.id, error)
+            log.warning("%s: lost, its directory stays: %s", job.id, _with(str(error), work.kept()))
             return Outcome(LOST)
     state = ending.end.value
     log.info("%s: %s%s", job.id, state, f", {ending.reason}: {ending.message}" if ending.reason else "")
@@ -147,8 +149,12 @@ def _given_back(fault: WorkerAtFaultError) -> JobEnding:
 
 
 def _failed(work: Work, reason: str, message: str) -> JobEnding:
-    """Return a failure, which says where the adapter is if it was only its publication that failed."""
-    return JobEnding(LeaseEnd.FAILED, reason, f"{message}; {kept}" if (kept := work.kept_adapter()) else message)
+    """Return a failure, which says where the adapter or base is if it was only its publication that failed."""
+    return JobEnding(LeaseEnd.FAILED, reason, _with(message, work.kept()))
+
+
+def _with(message: str, more: str) -> str:
+    return f"{message}; {more}" if more else message
 
 
 def _clean_up(work: Work, end: LeaseEnd) -> None:
@@ -158,9 +164,9 @@ def _clean_up(work: Work, end: LeaseEnd) -> None:
     try:
         if end in (LeaseEnd.SUCCEEDED, LeaseEnd.REJECTED):
             directory.remove()
-        elif work.kept_adapter():
-            directory.keep(CHECKPOINTS, ADAPTER, RESULT)
-            log.warning("%s: its adapter, which was not published, stays in %s", work.job_id, directory.adapter)
+        elif end is LeaseEnd.FAILED and (kept := work.kept_aside) is not None:
+            directory.keep(CHECKPOINTS, kept.name, RESULT)
+            log.warning("%s: what it made, which was not published, stays in %s", work.job_id, kept)
         elif directory.keep(CHECKPOINTS):
             log.info("%s: its checkpoints stay in %s", work.job_id, directory.path)
     except OSError as error:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 from motley_client.convert_worker import told_event
@@ -27,7 +28,7 @@ from motley_trainer.errors import OutputError
 from motley_trainer.spec.settings import TrainingMethod
 from motley_trainer.worker.child import EXIT_DONE, EXIT_FAILED, ChildEnd, ChildOrder, num_oom_kills, run_child
 from motley_trainer.worker.faults import OF_ITS_PLACE, STALE_DATA, WORKER_FAULT, WorkerAtFaultError
-from motley_trainer.worker.made_bases import MadeBases, is_base
+from motley_trainer.worker.made_bases import BASE_EXISTS, MadeBases, NotWantedError, is_base
 from motley_trainer.worker.metrics import WorkerMetrics
 from motley_trainer.worker.reports import Reporter, is_passing
 from motley_trainer.worker.settings import MAX_RESTARTS, WorkerSettings
@@ -38,6 +39,7 @@ SERVED_DTYPES = ("float32", "bfloat16")  # that a job may compute in
 MAX_OUT_OF_MEMORY = 2  # times that the kernel kills a job's process for it: there will be no more room later
 BEGUN_OTHERWISE, PUBLISHED_BEFORE = "UPLOAD_EXISTS", "REQUEST_ID_REUSED"  # reasons by which an upload is refused
 
+MAX_MERGES = 1000  # that one event tells of
 _Result = TypeVar("_Result")
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Work:
         self._stop = stop
         self._has_told_evaluation = False
         self._most_bytes = 0
+        self._has_passed = False
+        self._place: Path | None = None  # of the base, once it is there
         self.is_publishing = False
         self.directory: JobDirectory | None = None
 
@@ -92,7 +96,7 @@ class Work:
         bases = workplace.bases
         if self._makes_base and bases is None:  # it never said that it could
             raise WorkerAtFaultError("the worker has no place for bases", reason=WORKER_FAULT)
-        await self._prepare(directory, datasets)
+        await self._prepare(directory, datasets, workplace.spectra)
         result = await asyncio.to_thread(self._earlier_result, directory, bases) or await self._train(directory)
         if result.evaluation and not self._has_told_evaluation:  # by this lease: who had it before may not have
             self._tell({"evaluation": dict(result.evaluation)})
@@ -111,16 +115,27 @@ class Work:
         """Return whose work it is."""
         return self._job.id
 
-    def kept_adapter(self) -> str:
-        """Return in words where the adapter of a job is that was to be published; empty if there is none."""
-        if not self.is_publishing or self.directory is None or not self.directory.adapter.is_dir():
-            return ""
-        days = self._settings.timings.keep_seconds / (24 * 3600)
-        return (
-            f"it was trained and has passed its gate: for {days:g} days its adapter stays with worker "
-            f"{self._settings.name}, in jobs/{self._job.id}/adapter of its work directory, from where "
-            f"`motley adapters push` can publish it"
-        )
+    @property
+    def kept_aside(self) -> Path | None:
+        """Return where the job's directory has what was to be published, or to be put to the other bases."""
+        if not self._has_passed or self._place is not None or self.directory is None:
+            return None
+        place = self.directory.base if self._makes_base else self.directory.adapter
+        return place if place.is_dir() else None
+
+    def kept(self) -> str:
+        """Return in words where the adapter or base is that nobody was told of; empty if there is none."""
+        worker, stays = f"worker {self._settings.name}", ""
+        if self._place is not None:
+            stays = f"its base stays with {worker}, in {self._job.id} of its `--bases`, from where `motley serve` can "
+            stays += "serve it"
+        elif self.kept_aside is not None:
+            days = self._settings.timings.keep_seconds / (24 * 3600)
+            kind = "base" if self._makes_base else "adapter"
+            use = "`motley serve` can serve it" if self._makes_base else "`motley adapters push` can publish it"
+            stays = f"for {days:g} days its {kind} stays with {worker}, in jobs/{self._job.id}/{kind} of its work "
+            stays += f"directory, from where {use}"
+        return f"it was trained and has passed its gate: {stays}" if stays else ""
 
     # What a job's process is told and tells: see `Listener`.
 
@@ -135,10 +150,12 @@ class Work:
         Raises: ValueError for what is no event.
         """
         try:
-            event = told_event(line)
+            events = [told_event(part) for part in parts_of(line)]
         except InvalidArgumentError as error:
             raise ValueError(error.message) from error
-        self._reporter.add(event)
+        for event in events:
+            self._reporter.add(event)
+        event = events[-1]
         if event.kind == "progress":
             self._metrics.progressed(line["progress"])
         elif event.kind == "routing":
@@ -153,7 +170,7 @@ class Work:
     def _tell(self, event: Mapping[str, Any]) -> None:
         self._reporter.add(told_event(event))
 
-    async def _prepare(self, directory: JobDirectory, datasets: Mapping[str, Path]) -> None:
+    async def _prepare(self, directory: JobDirectory, datasets: Mapping[str, Path], spectra: Path) -> None:
         job, others = self._job, enumerate(self._job.reads)
         missing = [digest for digest, path in datasets.items() if not path.exists()]
         # One that is there stays, though its name may mean another version now: the job began with it.
@@ -174,6 +191,7 @@ class Work:
             "dtype": served if dtype == "auto" and served in SERVED_DTYPES else dtype,
             "served_quantization": self._terms.quantization,
             "device": self._settings.device,
+            "spectra": str(spectra),
         }
         await asyncio.to_thread(directory.write_order, order)
 
@@ -252,20 +270,36 @@ class Work:
 
     async def _keep(self, result: JobResult, bases: MadeBases) -> JobEnding:
         """Put a base that was made to the others, and tell of it."""
-        self.is_publishing = True
+        self._has_passed = True
         self._tell({"stage": "keeping the base"})
-        assert self.directory is not None
         try:
-            place = await asyncio.to_thread(bases.take, self.directory.base, self._job.id, result.digest)
+            self._place = await self._take(result, bases)
         except OutputError as error:
+            if error.reason == BASE_EXISTS:
+                raise JobFailedError(error.message, reason=error.reason) from error
             raise WorkerAtFaultError(error.message, reason=error.reason) from error
-        told = {**(result.base or {}), "directory": str(place), "fingerprint": result.digest}
+        self.is_publishing = True
+        told = {**(result.base or {}), "directory": str(self._place), "fingerprint": result.digest}
         self._tell({"base": {name: value for name, value in told.items() if value is not None}})
-        log.info("%s: made %s, %s", self._job.id, place, result.digest)
+        log.info("%s: made %s, %s", self._job.id, self._place, result.digest)
         return JobEnding(LeaseEnd.SUCCEEDED)
 
+    async def _take(self, result: JobResult, bases: MadeBases) -> Path:
+        """Put a base to the others, which may be a long copy; when cancelled, what is left of that is not done."""
+        assert self.directory is not None
+        unwanted = Event()
+        args = (self.directory.base, self._job.id, result.digest, unwanted.is_set)
+        taking = asyncio.ensure_future(asyncio.to_thread(bases.take, *args))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            unwanted.set()
+            with suppress(NotWantedError, OutputError, OSError):
+                self._place = await taking  # it came too late
+            raise
+
     async def _publish(self, directory: JobDirectory) -> JobEnding:
-        self.is_publishing = True
+        self._has_passed = self.is_publishing = True
         self._tell({"stage": "publishing"})
         try:
             version = await self._persist(partial(self._upload, directory))
@@ -315,6 +349,16 @@ class Work:
                 is_waiting = True
                 await asyncio.sleep(max(pause, error.retry_after_seconds or 0.0))
                 pause = min(2 * pause, self._settings.timings.last_pause_seconds)
+
+
+def parts_of(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return an event as several of its kind, where a server would not take so many merges in one."""
+    body = line.get("merges")
+    merges = body.get("merges") if isinstance(body, dict) and body.keys() == {"merges"} == line.keys() else None
+    if not isinstance(merges, list) or len(merges) <= MAX_MERGES:
+        return [line]
+    starts = range(0, len(merges), MAX_MERGES)
+    return [{"merges": {"merges": merges[start : start + MAX_MERGES]}} for start in starts]
 
 
 def child_environ(environ: Mapping[str, str], threads: int | None) -> dict[str, str]:

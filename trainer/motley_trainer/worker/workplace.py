@@ -82,6 +82,11 @@ class Workplace:
         """Return where fingerprints of bases are remembered."""
         return self.directory / "fingerprints"
 
+    @property
+    def spectra(self) -> Path:
+        """Return where jobs keep the spectra of their base's weights, each for the next."""
+        return self.directory / "spectra"
+
     def job(self, job_id: str) -> JobDirectory:
         """Return a job's directory, made if it is not there.
 
