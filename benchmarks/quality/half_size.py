@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from motley_bases.loader import load_tokenizer, read_parsed_config
+from motley_bases.progress_bars import without_progress_bars
 from subject import current
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ def write_half_size(directory: Path) -> int:
     for side in _SIDES:
         setattr(config, side, getattr(config, side) // 2)
     model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    with without_progress_bars():
+        model.save_pretrained(directory)
     load_tokenizer(origin).save_pretrained(directory)
     return int(config.hidden_size)

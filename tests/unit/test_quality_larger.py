@@ -180,7 +180,7 @@ def results(tmp_path: Path) -> Callable[..., Path]:
             content["machine"] |= {"device": "NVIDIA H200", "processes": 4}
             if facts is not None:
                 content["setting"]["subject"] = facts
-            content["setting"] |= {"heads": 18, "o_heads": 2, "ffn_channels": 1536}
+            content["setting"] |= {"heads": 18, "o_heads": 4, "ffn_channels": 1536}
             (tmp_path / f"quality_{name}_larger.json").write_text(json.dumps(content))
         return tmp_path
 
@@ -203,7 +203,7 @@ def test_the_page_tells_of_a_larger_base_where_its_files_are_and_nowhere_else(
         "### GOAT against LoRA",
     ]
     assert "on an NVIDIA H200 (4 processes, torch" in flowing
-    assert "2 of 18 heads in `o_proj` and 77 of 1536 channels" in flowing
+    assert "4 of 18 heads in `o_proj` and 77 of 1536 channels" in flowing
     assert "results/quality_goat_larger.png" in part
     assert "results/quality_goat_larger.png" not in whole
     assert 'Everything but what stands under "On a larger base" was measured' in whole.replace("\n", " ")

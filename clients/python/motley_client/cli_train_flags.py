@@ -129,7 +129,9 @@ class TrainingFlags:
         _flag("Train on from BASE, which is served, or from drawn weights.", START, "BASE|scratch", "--from"),
     ] = None
     factor_scale: Annotated[float | None, _flag("What the factors' product counts (0.5).", LOQT, "X")] = None
-    merge_interval: Annotated[int | None, _flag("Merge the factors after so many steps (100).", LOQT, "N")] = None
+    merge_interval: Annotated[
+        int | None, _flag("Merge the factors after so many steps (100, or a fifth).", LOQT, "N")
+    ] = None
     merge_schedule: Annotated[
         LoqtSchedule | None, _flag("How that goes on from merge to merge (exponential).", LOQT)
     ] = None
