@@ -13,6 +13,7 @@ from claims import RULE
 from goat_plot import draw_goat
 from goat_section import goat_section
 from larger_part import TITLE, larger_part, name_larger, open_larger
+from loqt_section import loqt_section
 from loram_memory_section import loram_memory_section
 from loram_plot import draw_loram
 from loram_section import loram_section
@@ -32,6 +33,7 @@ SECTIONS: dict[str, Callable[[Reading], str]] = {
     "quality_s2ft": s2ft_section,
     "quality_goat": goat_section,
     "quality_loram": loram_section,
+    "quality_loqt": loqt_section,
     "quality_training_memory": training_memory_section,
     "quality_loram_memory": loram_memory_section,
 }
