@@ -44,10 +44,7 @@ def measure_trial(trial: plan.Trial, seed: int) -> Row:
 
 
 def measure_lesson(lesson: plan.Lesson, seed: int, *, trials: Trials) -> Row:
-    """Measure one training, or what it would begin from."""
-    if lesson.way is None:
-        found = train(lesson.start, plan.FULL, 1e-9, seed, steps=1)
-        return {"loss": found["loss_before"]}
+    """Measure one training."""
     return train(lesson.start, lesson.way, plan.chosen_rate(trials, lesson.start, lesson.way), seed)
 
 
@@ -106,8 +103,7 @@ def main() -> None:
     options = parse_options(__doc__, has_subject=True)
     tuning = argparse.Namespace(**vars(options) | {"seeds": (plan.TUNING_SEED,)})
     trials = measure_cells(plan.list_trials(), measure_trial, tuning)
-    lessons = (*(plan.Lesson(start) for start in plan.STEPS), *plan.list_lessons())
-    cells = measure_cells(lessons, partial(measure_lesson, trials=trials), options)
+    cells = measure_cells(plan.list_lessons(), partial(measure_lesson, trials=trials), options)
     setting = {
         "subject": subject_facts(),
         "steps": plan.STEPS,

@@ -52,10 +52,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One training at the rate that was chosen; without a way, what it starts from."""
+    """One training at the rate that was chosen."""
 
     start: str
-    way: str | None = None
+    way: str
 
 
 def rank_of(hidden: int) -> int:

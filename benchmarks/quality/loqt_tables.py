@@ -28,7 +28,7 @@ def ways_table(reading: Reading) -> str:
     """Write what every way came to, what it began from first."""
     rows = []
     for start, named in STARTS.items():
-        before = reading.figures(Lesson(start), "loss")
+        before = reading.figures(Lesson(start, FULL), "loss_before")
         rows.append([named, "before", spread(before, loss), "", ""])
         for lesson in list_lessons():
             if lesson.start == start:
@@ -36,7 +36,7 @@ def ways_table(reading: Reading) -> str:
                 rows.append(
                     [
                         named,
-                        str(lesson.way),
+                        lesson.way,
                         spread(after, loss),
                         _over_full(reading, lesson, after),
                         _merges(reading, lesson),
