@@ -25,6 +25,7 @@ from machine import RESULTS, describe_machine
 from subject import CPU, EMBEDDED, GPU, LARGER, TRAINING, choose, sees_gpu, use
 
 SEEDS = (1, 2, 3, 4, 5)
+TUNING_SEED = 0  # of no other measurement
 MOST_ON_GPU = 4  # processes, each with its own copy of the base
 
 Cell = TypeVar("Cell")
@@ -98,6 +99,13 @@ def measure_cells(
         | {name: [rows[place, seed][name] for seed in options.seeds] for name in rows[place, options.seeds[0]]}
         for place, cell in enumerate(cells)
     ]
+
+
+def tune(
+    cells: Sequence[Cell], measure: Callable[[Cell, int], Row], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure cells under the seed that is for choosing alone."""
+    return measure_cells(cells, measure, argparse.Namespace(**vars(options) | {"seeds": (TUNING_SEED,)}))
 
 
 def write(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:

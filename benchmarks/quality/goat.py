@@ -8,7 +8,6 @@ else is measured by.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -23,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import goat_plan as plan
-from cells import Row, measure_cells, parse_options, write
+from cells import Row, measure_cells, parse_options, tune, write
 from embedded import draw_asked, draw_lines
 from goat_mixture import begin_as_lora, train_from
 from jobs import num_parameters, open_base, run_job, subject_facts
@@ -120,17 +119,10 @@ def spread_of(shares: Sequence[Sequence[float]]) -> Row:
     }
 
 
-def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Try every rate, under the seed that is for this alone."""
-    return measure_cells(
-        plan.list_trials(), measure_trial, argparse.Namespace(**vars(options) | {"seeds": (plan.TUNING_SEED,)})
-    )
-
-
 def main() -> None:
     """Measure, print as it goes, write the result file."""
     options = parse_options(__doc__, has_subject=True)
-    trials = tune(options)
+    trials = tune(plan.list_trials(), measure_trial, options)
     cells = measure_cells(plan.list_cells(), partial(measure_cell, trials=trials), options)
     config = open_base().model.config
     setting = {

@@ -23,7 +23,6 @@ BALANCE = 1e-3  # the trainer's default
 IDLE = 0.1  # of an even share: an expert with less is said to be idle
 
 LORA_RATES, SWEPT_RATES = (2e-3, 5e-3, 1.25e-2), (1e-3, 3e-3, 9e-3, 2.7e-2)  # around what did best in a first look
-TUNING_SEED = 0  # of no other measurement
 
 LORA, LORA_LARGE = "LoRA", f"LoRA of rank {RANK_LARGE}"
 GOAT, GOAT_PLAIN = "GOAT", "GOAT with the plain scale"

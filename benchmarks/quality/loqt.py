@@ -7,7 +7,6 @@ written, in bfloat16. Learning rates are chosen first, under a seed that nothing
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import loqt_plan as plan
-from cells import Row, measure_cells, parse_options, write
+from cells import Row, measure_cells, parse_options, tune, write
 from embedded import Line, draw_sentences
 from full_training import train_full
 from half_size import write_half_size
@@ -101,8 +100,7 @@ def make_spec(start: str, way: str, rate: float, seed: int, steps: int, rank: in
 def main() -> None:
     """Measure, print as it goes, write the result file."""
     options = parse_options(__doc__, has_subject=True)
-    tuning = argparse.Namespace(**vars(options) | {"seeds": (plan.TUNING_SEED,)})
-    trials = measure_cells(plan.list_trials(), measure_trial, tuning)
+    trials = tune(plan.list_trials(), measure_trial, options)
     cells = measure_cells(plan.list_lessons(), partial(measure_lesson, trials=trials), options)
     setting = {
         "subject": subject_facts(),

@@ -38,7 +38,6 @@ RATES = {
     (CONTINUED, FULL): (2e-5, 1e-4, 5e-4),
     (CONTINUED, LOQT): (2e-4, 1e-3, 5e-3),
 }
-TUNING_SEED = 0  # of no other measurement
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,9 @@ first, under a seed that nothing else is measured by: those of the alignments, t
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import loram_plan as plan
-from cells import Row, measure_cells, parse_options, write
+from cells import Row, measure_cells, parse_options, tune, write
 from embedded import Line, draw_asked, draw_lines, draw_texts
 from jobs import num_parameters, open_base, read_samples, subject_facts, write_dataset
 from loram_job import measure_copy, run_in
@@ -141,13 +140,6 @@ def make_spec(lesson: plan.Lesson, rate: float, seed: int, alignment: Mapping[st
         size = {"steps": plan.ALIGNMENT_STEPS, "batch_size": plan.ALIGNMENT_ROWS}
         loram["alignment"] = {**alignment, **size, **plan.ALIGNMENTS[lesson.alignment]}
     return {**spec, "method": "TRAINING_METHOD_LORAM", "loram": loram}
-
-
-def tune(
-    cells: Sequence[Cell], measure_cell: Callable[[Cell, int], Row], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Measure cells under the seed that is for choosing alone."""
-    return measure_cells(cells, measure_cell, argparse.Namespace(**vars(options) | {"seeds": (plan.TUNING_SEED,)}))
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {  # by name, what is set of one beside 
 ALIGNMENT_RATES = {PLAIN: (1e-4, 3e-4, 1e-3), BY_LOQT: (1e-3, 3e-3, 1e-2)}
 
 RATES = (2e-3, 4e-3, 8e-3)
-TUNING_SEED = 0  # of no other measurement
 
 BASE, LORA = "none", "LoRA"
 STRUCTURED, RANDOM, UNSTRUCTURED, SEMI_STRUCTURED = "structured", "random", "unstructured", "4:8"

@@ -7,7 +7,6 @@ its files say. Learning rates are chosen first, under a seed that nothing else i
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import s2ft_plan as plan
-from cells import Row, measure_cells, parse_options, write
+from cells import Row, measure_cells, parse_options, tune, write
 from embedded import NUM_SKILLS, Line, ask, draw_asked, draw_lines, draw_texts
 from jobs import num_parameters, open_base, read_samples, run_job, subject_facts
 from motley_adapters.reader import inspect_adapter, read_adapter
@@ -163,17 +162,10 @@ def adapter_path(folder: Path, lesson: plan.Lesson, seed: int) -> Path:
     return folder / f"{lesson.way} {lesson.skill} {'mixed' if lesson.is_mixed else 'alone'} {seed}"
 
 
-def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Try every rate of every lesson, under the seed that is for this alone."""
-    return measure_cells(
-        plan.list_trials(), measure_trial, argparse.Namespace(**vars(options) | {"seeds": (plan.TUNING_SEED,)})
-    )
-
-
 def main() -> None:
     """Measure, print as it goes, write the result file."""
     options = parse_options(__doc__, has_subject=True)
-    trials = tune(options)
+    trials = tune(plan.list_trials(), measure_trial, options)
     with tempfile.TemporaryDirectory() as kept:
         more: dict[str, Any] = {"trials": trials, "folder": Path(kept)}
         lessons = measure_cells((plan.Lesson(), *plan.list_lessons()), partial(measure_lesson, **more), options)

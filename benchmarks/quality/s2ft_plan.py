@@ -23,7 +23,6 @@ NUM_KNOWN_ASKED = 10  # of each skill that the base knows
 PROSE_LETTERS = 4096
 
 LORA_RATES, S2FT_RATES = (2e-3, 5e-3, 1.25e-2), (8e-3, 2e-2, 5e-2)  # around what did best in a first look
-TUNING_SEED = 0  # of no other measurement
 
 LORA, LORA_THERE = "LoRA", "LoRA on `o_proj` and `down_proj`"
 S2FT = "random"  # S2FT chooses at random where nothing else is said, and so does its authors' code
